@@ -1,0 +1,219 @@
+"""Pretrains a teacher, then the same student with and without it, on real text, and compares them on held-out files.
+
+    make demo        2 CPU cores, about 7 minutes, no network
+
+Everything lies under runs/demo: the corpus, and for each run its checkpoints, metrics.jsonl and train.log; results.json
+and demo.png at the end. Each run is one `python MaxText/train.py ...` command, printed before it starts. A second call
+keeps the runs whose settings and corpus are unchanged and goes on with the one that was interrupted.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import build_corpus
+import plot_demo
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "runs/demo"
+SEED_SPREAD = 0.02  # nats: how far the held-out cross-entropy moves from one seed to the next (docs/log.md)
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its folder under runs/demo, its line in the table, its config and what the command line adds."""
+
+    name: str
+    title: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return OUT / self.name
+
+    @property
+    def command(self) -> list[str]:
+        """The command, as typed in the repository's root."""
+        return ["MaxText/train.py", self.config, *self.overrides]
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The keys that this run sets on top of MaxText/configs/base.yml."""
+        files = [OmegaConf.load(ROOT / path) for path in ("configs/demo/common.yml", self.config)]
+        merged = OmegaConf.merge(*files, OmegaConf.from_dotlist(list(self.overrides)))
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+
+
+def student(name: str, title: str, alpha: int, *overrides: str) -> Run:
+    return Run(name, title, "configs/demo/student.yml", (f"run_name={name}", f"kd_alpha={alpha}", *overrides))
+
+
+SMALL = "grain_train_files=runs/demo/corpus/train_small.arrayrecord"
+TEACHER = Run("teacher", "teacher", "configs/demo/teacher.yml")
+STUDENT_CE = student("student_ce", "student, CE only", 0)
+STUDENT_KD = student("student_kd", "student, KD", 1)
+SMALL_CE = student("small_ce", "student, CE only", 0, SMALL)
+SMALL_KD = student("small_kd", "student, KD", 1, SMALL)
+RUNS = (TEACHER, STUDENT_CE, STUDENT_KD, SMALL_CE, SMALL_KD)
+
+
+def fingerprint(run: Run, corpus: dict[str, Any]) -> str:
+    """Changes with whatever decides the outcome of `run`: its settings, the corpus and, for a student, the teacher."""
+    settings = [run.settings] if run is TEACHER else [run.settings, TEACHER.settings]
+    return hashlib.sha256(json.dumps([settings, corpus["identity"]], sort_keys=True).encode()).hexdigest()
+
+
+def read_metrics(run: Run) -> Rows:
+    """The rows of the run's metrics file so far."""
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last newline is half a row
+    return [json.loads(line) for line in lines]
+
+
+def launch(run: Run, console: Console) -> int:
+    """Runs the command of `run`, its output in train.log and a progress bar on a terminal. Returns the exit status."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    with (
+        (run.folder / "train.log").open("a") as log,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        process = subprocess.Popen([sys.executable, *run.command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        task = bar.add_task("", total=run.settings["steps"], loss="starting")
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                rows = [row for row in read_metrics(run) if "learning/loss" in row]
+                if rows:
+                    bar.update(task, completed=rows[-1]["step"] + 1, loss=f"loss {rows[-1]['learning/loss']:.3f}")
+        finally:
+            process.terminate()
+            process.wait()
+    return process.returncode
+
+
+def train(run: Run, corpus: dict[str, Any], console: Console) -> float:
+    """Trains `run`, or goes on with it, or keeps it where it is finished. Returns its seconds, all calls together."""
+    console.print(f"\n[bold]{run.name}[/]  $ {shlex.join(['python', *run.command])}", soft_wrap=True)
+    state_path, identity = run.folder / "demo.json", fingerprint(run, corpus)
+    state = json.loads(state_path.read_text()) if state_path.exists() else {}
+    if state.get("fingerprint") != identity:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        state = {"fingerprint": identity, "seconds": 0.0, "finished": False}
+    if state["finished"] and any((run.folder / "checkpoints").glob("*/items")) and read_metrics(run):
+        console.print("finished earlier and kept")
+        return state["seconds"]
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    state_path.write_text(json.dumps(state))
+    start, status = time.monotonic(), 1
+    try:
+        status = launch(run, console)
+    finally:
+        state |= {"seconds": state["seconds"] + time.monotonic() - start, "finished": status == 0}
+        state_path.write_text(json.dumps(state))
+    if status:
+        log = run.folder / "train.log"
+        console.print("\n".join(log.read_text().splitlines()[-20:]), markup=False, soft_wrap=True)
+        sys.exit(f"{run.name} failed with status {status}; the whole log is {log.relative_to(ROOT)}")
+    console.print(f"{state['seconds']:.0f} s, held-out cross-entropy {summary(read_metrics(run))['ce']:.3f}")
+    return state["seconds"]
+
+
+def summary(rows: Rows) -> dict[str, float]:
+    """A run's last evaluation, and the median of its training speed, which start and compilation do not bend."""
+    last = [row for row in rows if "evaluation/ce_loss" in row][-1]
+    speeds = [row["perf/per_device_tokens_per_sec"] for row in rows if "perf/per_device_tokens_per_sec" in row]
+    names = {"kl": "evaluation/kl_t1", "agreement": "evaluation/top1_agreement"}
+    ce = last["evaluation/ce_loss"]
+    return {"ce": ce, "perplexity": math.exp(ce), "tokens_per_second": statistics.median(speeds)} | {
+        name: last[key] for name, key in names.items() if key in last
+    }
+
+
+def verdict(ce: float, kd: float, teacher: float) -> str:
+    """What the held-out cross-entropies of the CE student, the KD student and the teacher say, in one sentence."""
+    gain = ce - kd
+    if abs(gain) <= SEED_SPREAD:
+        return f"KD {kd:.3f}, CE only {ce:.3f}: equal within the spread of seeds ({SEED_SPREAD} nats)."
+    sentence = (
+        f"KD {kd:.3f}, CE only {ce:.3f}: distillation is {abs(gain):.3f} nats {'better' if gain > 0 else 'WORSE'}"
+    )
+    if 0 < gain < ce - teacher:
+        sentence += f", {gain / (ce - teacher):.0%} of the way to the teacher's {teacher:.3f}"
+    return sentence + "."
+
+
+def table(title: str, results: dict[str, dict[str, float]], runs: tuple[Run, ...]) -> Table:
+    """The runs side by side, as measured on the held-out files."""
+    view = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("", "CE", "perplexity", "KL to teacher", "top-1 agreement", "tokens/s"):
+        view.add_column(heading, justify="right" if heading else "left")
+    for run in runs:
+        row = results[run.name]
+        kl = f"{row['kl']:.3f}" if "kl" in row else "-"
+        agreement = f"{row['agreement']:.1%}" if "agreement" in row else "-"
+        numbers = f"{row['ce']:.3f}", f"{row['perplexity']:.1f}", kl, agreement, f"{row['tokens_per_second']:,.0f}"
+        view.add_row(run.title, *numbers)
+    return view
+
+
+def main() -> None:
+    console, start = Console(highlight=False), time.monotonic()
+    console.print("corpus: the standard library of this Python, split by file")
+    corpus = build_corpus.build(OUT / "corpus")
+    train_rows, small_rows = corpus["train"]["rows"], corpus["train_small"]["rows"]
+    console.print(
+        f"{train_rows:,} rows from {corpus['train']['files']} files to train on, {small_rows} of them as small data; "
+        f"{corpus['eval']['rows']} rows from {corpus['eval']['files']} other files to evaluate"
+    )
+    seconds = {run.name: train(run, corpus, console) for run in RUNS}
+
+    histories = {run.name: read_metrics(run) for run in RUNS}
+    results = {name: summary(rows) for name, rows in histories.items()}
+    read = {run.name: run.settings["steps"] * run.settings["per_device_batch_size"] for run in RUNS}
+    same = verdict(*(results[run.name]["ce"] for run in (STUDENT_CE, STUDENT_KD, TEACHER)))
+    small = verdict(*(results[run.name]["ce"] for run in (SMALL_CE, SMALL_KD, TEACHER)))
+    seen = min(read["teacher"], train_rows)
+    small_note = f"{small_rows} rows, read {read['small_kd'] / small_rows:.1f} times; the teacher has read {seen:,}"
+
+    console.print()
+    console.print(table(f"Same {min(read['student_kd'], train_rows):,} rows", results, RUNS[:3]))
+    console.print(same, soft_wrap=True)
+    console.print()
+    console.print(table(f"Small data: {small_note}", results, (TEACHER, SMALL_CE, SMALL_KD)))
+    console.print(
+        f"{small} This student learns from a teacher that saw {seen / small_rows:.0f} times more text.", soft_wrap=True
+    )
+
+    plot_demo.plot(histories, OUT / "demo.png")
+    report = {"corpus": corpus, "runs": results, "seconds": seconds, "same_rows": same, "small_data": small}
+    (OUT / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    console.print(
+        "\ncurves       runs/demo/demo.png\nnumbers      runs/demo/results.json\n"
+        "checkpoints  runs/demo/<run>/checkpoints\nmetrics      runs/demo/<run>/metrics.jsonl\n"
+        f"{time.monotonic() - start:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")

@@ -2,8 +2,8 @@
 
     python scripts/build_corpus.py [folder]        5 seconds on one core, no network
 
-writes train.arrayrecord, train_small.arrayrecord, eval.arrayrecord (one `text` column, read by MaxText's grain pipeline),
-tokenizer.model (SentencePiece) and corpus.json (what is in them). The same Python gives the same bytes.
+writes train.arrayrecord, train_small.arrayrecord and eval.arrayrecord (one `text` column, read by MaxText's grain
+pipeline), tokenizer.model (SentencePiece) and corpus.json (what is in them). The same Python gives the same bytes.
 
 A file belongs to training or to evaluation by the hash of its path, no row occurs twice, and evaluation drops a row
 that shares a passage with training (licences, copied classes). Left out on purpose: tests (some distributions lack

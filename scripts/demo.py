@@ -37,7 +37,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its folder under runs/demo, its line in the table, its config and what the command line adds."""
+    """One training run: its folder under runs/demo, its line in the table, its config and command-line overrides."""
 
     name: str
     title: str

@@ -12,16 +12,16 @@ from maxtext.input_pipeline.protos import example_pb2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import build_corpus
-import demo
-import plot_demo
+import build_corpus  # noqa: E402
+import demo  # noqa: E402
+import plot_demo  # noqa: E402
 
 PACKAGES = ("asyncio", "email", "json", "logging", "unittest", "xml/dom", "copy_of_email")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few packages of the standard library, with traps: a copy of a file, one that is not UTF-8, a generated table."""
+    """A few packages of the standard library, with traps: a copied package, a file that is not UTF-8, generated ones."""
     root = tmp_path_factory.mktemp("library")
     for package in PACKAGES:
         for source in (build_corpus.STANDARD_LIBRARY / package.removeprefix("copy_of_")).glob("*.py"):
@@ -61,9 +61,11 @@ def line_runs(rows: list[str]) -> set[tuple[str, ...]]:
 
 def test_training_and_evaluation_share_no_passage(corpus: Path) -> None:
     train, evaluation = rows_of(corpus / "train.arrayrecord"), rows_of(corpus / "eval.arrayrecord")
-    assert len(train) > 500 and len(evaluation) > 50
+    assert len(train) > 500
+    assert len(evaluation) > 50
     assert not line_runs(train) & line_runs(evaluation)
-    assert len(set(train)) == len(train) and not set(train) & set(evaluation)
+    assert len(set(train)) == len(train)
+    assert not set(train) & set(evaluation)
 
 
 def test_a_file_is_either_in_training_or_in_evaluation(library: Path) -> None:
@@ -127,7 +129,7 @@ def test_no_row_is_longer_than_the_model_reads(corpus: Path, tokenizer: sentence
 )
 def test_the_verdict_follows_the_numbers(ce: float, kd: float, expected: str) -> None:
     sentence = demo.verdict(ce, kd, 3.8)
-    assert expected in sentence and f"{ce:.3f}" in sentence and f"{kd:.3f}" in sentence
+    assert all(text in sentence for text in (expected, f"{ce:.3f}", f"{kd:.3f}"))
 
 
 def metrics(final_ce: float) -> demo.Rows:
@@ -161,7 +163,8 @@ def test_a_run_is_made_again_when_the_corpus_or_its_teacher_changes(monkeypatch:
         return [demo.fingerprint(run, {"identity": identity}) for run in demo.RUNS]
 
     first = fingerprints("one")
-    assert len(set(first)) == len(demo.RUNS) and fingerprints("one") == first
+    assert len(set(first)) == len(demo.RUNS)
+    assert fingerprints("one") == first
     assert not set(fingerprints("two")) & set(first)
     other = demo.Run("teacher", "teacher", "configs/demo/teacher.yml", ("steps=1",))
     monkeypatch.setattr(demo, "TEACHER", other)
@@ -189,13 +192,16 @@ def test_the_teacher_of_the_students_is_the_one_that_was_trained() -> None:
 def test_the_table_shows_what_was_measured() -> None:
     results = {run.name: demo.summary(metrics(0.5)) for run in demo.RUNS}
     columns = {column.header: list(column.cells) for column in demo.table("", results, demo.RUNS[:3]).columns}
-    assert columns["CE"] == ["0.500"] * 3 and columns["top-1 agreement"] == ["25.0%"] * 3
+    assert columns["CE"] == ["0.500"] * 3
+    assert columns["top-1 agreement"] == ["25.0%"] * 3
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
     plot_demo.plot({run.name: metrics(4.0) for run in demo.RUNS}, tmp_path / "demo.png")
     data = (tmp_path / "demo.png").read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82") and len(data) > 10_000
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    assert len(data) > 10_000
 
 
 def test_the_manifest_counts_what_was_written(corpus: Path) -> None:

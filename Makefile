@@ -1,0 +1,35 @@
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+# The platform that .venv was made for stays: make never turns a TPU or GPU environment into a CPU one.
+PLATFORM ?= $(or $(shell cut -d ' ' -f 1 $(STAMP) 2>/dev/null),cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 12
+
+demo: $(STAMP) ## distil a student on real text, beside one trained without a teacher
+	$(PYTHON) scripts/demo.py
+
+test: $(STAMP) ## every test but the long matrix
+	$(PYTHON) -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## the long matrix
+	@$(PYTHON) -m pytest -m slow || { status=$$?; [ $$status = 5 ] && ! grep -rqE 'mark\.slow' tests || exit $$status; }
+
+check: $(STAMP) ## lint, format, types and the fast tests: before every commit
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -m "not e2e and not slow"
+
+bench: $(STAMP) ## measure the distillation step
+	$(PYTHON) scripts/benchmark_kd.py
+
+clean: ## remove what the demo and the runs wrote
+	rm -rf runs
+
+$(STAMP): requirements.txt requirements-tpu.txt requirements-gpu.txt pyproject.toml
+	bash setup.sh $(PLATFORM)

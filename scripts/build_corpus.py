@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from array_record.python import array_record_module  # type: ignore  # compiled, without stubs
+from array_record.python import array_record_module
 from maxtext.input_pipeline.protos import example_pb2
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -117,7 +117,7 @@ def write_rows(path: Path, rows: Iterable[str]) -> None:
     """Writes `rows` as the ArrayRecord file of tf.train.Example that MaxText's grain pipeline reads."""
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for row in rows:
-        example = example_pb2.Example()  # type: ignore  # made at import
+        example = example_pb2.Example()
         example.features.feature["text"].bytes_list.value.append(row.encode())
         writer.write(example.SerializeToString())
     writer.close()

@@ -21,7 +21,7 @@ PACKAGES = ("asyncio", "email", "json", "logging", "unittest", "xml/dom", "copy_
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few packages of the standard library, with traps: a copied package, a file that is not UTF-8, generated ones."""
+    """A few packages of the standard library, with traps: a copied package, a file not in UTF-8, generated ones."""
     root = tmp_path_factory.mktemp("library")
     for package in PACKAGES:
         for source in (build_corpus.STANDARD_LIBRARY / package.removeprefix("copy_of_")).glob("*.py"):

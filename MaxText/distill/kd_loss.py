@@ -1,0 +1,303 @@
+"""The distillation loss in its plain form, from dense logits: the reference that faster forms are proven against.
+
+# B batch, L positions, V vocabulary
+
+Everything is float32 whatever comes in: softmax arithmetic in bfloat16 turns a KL of 1.96 into 6.03. The maximum is
+subtracted before the division by the temperature, and every log-sum-exp keeps its maximum apart (`_LogSum`): added
+back, it would cost a logit of 1e4 its third decimal.
+
+No log(p + eps) and no clamp: they bend the gradient, and under other_bucket they destroy it just when the student's
+tail has collapsed and most needs it. What would be 0 * inf is masked before the operation and again after it, because
+the gradient of a discarded branch is computed all the same.
+
+Left out on purpose: a sum over the sequence of anything but valid positions, and any division by their number. Sums and
+counts are added over blocks, microbatches, devices and hosts, and divided once, by the caller.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from MaxText.distill.truncation import check_truncation, kept_set
+
+
+class KDSums(NamedTuple):
+    """Sums over valid positions, in nats, and their count; float32 scalars. Add them up, then divide by n once.
+
+    ce_sum          -log softmax(student)[target]
+    kd_sum          T^2 KL(teacher || student) at temperature T, under the truncation
+    log_z_sq_sum    (log sum exp of the student's logits)^2; the z-loss is a weight times this
+    teacher_ce_sum  -log softmax(teacher)[target]
+    kept_mass_sum   the teacher's mass at temperature T inside the kept set
+    n               the number of valid positions
+    kl_t1_sum       KL(teacher || student) over the whole vocabulary at T = 1. Evaluation only, else None
+    agreement_sum   positions where both models' largest logit is the same token's. Evaluation only, else None
+    """
+
+    ce_sum: Float[Array, ""]
+    kd_sum: Float[Array, ""]
+    log_z_sq_sum: Float[Array, ""]
+    teacher_ce_sum: Float[Array, ""]
+    kept_mass_sum: Float[Array, ""]
+    n: Float[Array, ""]
+    kl_t1_sum: Float[Array, ""] | None = None
+    agreement_sum: Float[Array, ""] | None = None
+
+
+class _LogSum(NamedTuple):
+    """log sum exp(logits / T) over a set of tokens, as maximum / T + log_sum. Over an empty set log_sum is -inf."""
+
+    maximum: Float[Array, "*batch 1"]
+    log_sum: Float[Array, "*batch 1"]
+
+
+def _log_sum(logits, kept, temperature) -> _LogSum:
+    """The log-sum-exp over `kept` (None: over all tokens), with a finite gradient also where the set is empty."""
+    kept = True if kept is None else kept
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf, where=kept))
+    maximum = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
+    # Tokens outside the set may lie far above its maximum: masked before the exponential, they cannot overflow it.
+    weights = jnp.where(kept, jnp.exp((jnp.where(kept, logits, maximum) - maximum) / temperature), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    empty = total == 0.0
+    return _LogSum(maximum, jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total))))
+
+
+def _log_prob(logits, over: _LogSum, temperature) -> Float[Array, "*batch V"]:
+    """log softmax(logits / T), conditioned on the set that `over` was summed over."""
+    return (logits - over.maximum) / temperature - over.log_sum
+
+
+def _log_mass(part: _LogSum, whole: _LogSum, temperature) -> Float[Array, "*batch 1"]:
+    """log of the mass that the set of `part` has in the set of `whole`; -inf for none."""
+    return (part.maximum - whole.maximum) / temperature + part.log_sum - whole.log_sum
+
+
+def _divergence(log_p, log_q, kept) -> Float[Array, "*batch"]:
+    """sum over `kept` of p (log p - log q), where p = 0 contributes 0 to the value and to the gradient."""
+    p = jnp.exp(log_p)
+    counted = p > 0.0 if kept is None else kept & (p > 0.0)
+    return jnp.sum(jnp.where(counted, p * jnp.where(counted, log_p - log_q, 0.0), 0.0), axis=-1)
+
+
+def _kl_renormalize(student, teacher, kept, temperature) -> Float[Array, "*batch"]:
+    log_p = _log_prob(teacher, _log_sum(teacher, kept, temperature), temperature)
+    # The student's maximum is that over the kept set, too. It may be thousands below the overall one.
+    log_q = _log_prob(student, _log_sum(student, kept, temperature), temperature)
+    return _divergence(log_p, log_q, kept)
+
+
+def _kl_renormalize_teacher(student, teacher, kept, temperature) -> Float[Array, "*batch"]:
+    log_p = _log_prob(teacher, _log_sum(teacher, kept, temperature), temperature)
+    log_q = _log_prob(student, _log_sum(student, None, temperature), temperature)
+    return _divergence(log_p, log_q, kept)
+
+
+def _kl_other_bucket(student, teacher, kept, temperature) -> Float[Array, "*batch"]:
+    if kept is None:
+        return _kl_renormalize(student, teacher, kept, temperature)
+    teacher_all = _log_sum(teacher, None, temperature)
+    student_all = _log_sum(student, None, temperature)
+    inside = _divergence(
+        _log_prob(teacher, teacher_all, temperature), _log_prob(student, student_all, temperature), kept
+    )
+    # 1 - sum over K would cancel: a student's tail of 1e-9 would read as 0, or as less.
+    log_p_tail = _log_mass(_log_sum(teacher, ~kept, temperature), teacher_all, temperature)
+    log_q_tail = _log_mass(_log_sum(student, ~kept, temperature), student_all, temperature)
+    return inside + _divergence(log_p_tail, log_q_tail, None)
+
+
+_KL_BY_STRATEGY: dict[str, Callable] = {
+    "renormalize": _kl_renormalize,
+    "other_bucket": _kl_other_bucket,
+    "renormalize_teacher": _kl_renormalize_teacher,
+}
+TRUNCATION_STRATEGIES = tuple(_KL_BY_STRATEGY)
+
+
+def check_kd_arguments(
+    student_vocabulary: int,
+    teacher_vocabulary: int,
+    *,
+    temperature: float | Float[Array, ""],
+    top_k: int,
+    top_p: float,
+    truncation_strategy: str,
+) -> None:
+    """Raises ValueError for arguments of the loss that have no meaning. A traced temperature is taken on trust."""
+    if student_vocabulary != teacher_vocabulary:
+        raise ValueError(
+            f"student and teacher logits end in {student_vocabulary} and {teacher_vocabulary} tokens:"
+            " expected one vocabulary"
+        )
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number above 0")
+    check_truncation(teacher_vocabulary, top_k=top_k, top_p=top_p)
+    if truncation_strategy not in TRUNCATION_STRATEGIES:
+        raise ValueError(
+            f"truncation_strategy={truncation_strategy!r}: expected one of {', '.join(TRUNCATION_STRATEGIES)}"
+        )
+
+
+def kl_divergence(
+    student_logits: Float[Array, "*batch V"],
+    teacher_logits: Float[Array, "*batch V"],
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    truncation_strategy: str = "renormalize",
+) -> Float[Array, "*batch"]:
+    """KL(teacher || student) at temperature T, per position, in nats, without the factor T^2.
+
+    With p = softmax(teacher / T), q = softmax(student / T), K the teacher's kept set (`truncation.kept_set`), and P, Q
+    the masses of p and q outside K:
+
+        renormalize          sum over K of p(i|K) log(p(i|K) / q(i|K))
+        other_bucket         sum over K of p_i log(p_i / q_i)  +  P log(P / Q), where P = 0 contributes 0
+        renormalize_teacher  sum over K of p(i|K) log(p(i|K) / q_i)
+
+    Without truncation the three are the same. The gradient with respect to the student's logits, times T, is
+
+        renormalize          q(i|K) - p(i|K) in K, exactly 0 outside
+        other_bucket         q_i - p_i in K, q_i (1 - P / Q) outside
+        renormalize_teacher  q_i - p(i|K) in K, q_i outside
+
+    Under renormalize the mass that the student puts outside K is seen by nothing in this term: pair it with
+    cross-entropy. Between equal models renormalize_teacher is not 0 but -log of the kept mass.
+
+    Args:
+        student_logits: raw, at temperature 1, any float type. Finite; -inf only where the teacher has -inf as well, as
+            for the padding of a vocabulary.
+        teacher_logits: likewise; -inf marks tokens of mass 0. No gradient flows to them: they go through stop_gradient.
+        temperature: T > 0. May be traced.
+        top_k: keep the k largest; 0 is off. Static.
+        top_p: keep the nucleus of this mass; 0.0 is off. Static.
+        truncation_strategy: one of TRUNCATION_STRATEGIES. Static.
+
+    Returns:
+        float32, one number per position; finite in value and gradient for finite logits up to 1e4.
+
+    Raises:
+        ValueError: by `check_kd_arguments`.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2.
+    """
+    check_kd_arguments(
+        student_logits.shape[-1],
+        teacher_logits.shape[-1],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        truncation_strategy=truncation_strategy,
+    )
+    student = student_logits.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
+    kept = kept_set(teacher, temperature=temperature, top_k=top_k, top_p=top_p)
+    return _KL_BY_STRATEGY[truncation_strategy](student, teacher, kept, temperature)
+
+
+def kept_mass(
+    teacher_logits: Float[Array, "*batch V"],
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+) -> Float[Array, "*batch"]:
+    """The teacher's mass, at temperature T, inside its kept set, per position; 1 without truncation.
+
+    Args:
+        teacher_logits, temperature, top_k, top_p: as for `kl_divergence`.
+
+    Raises:
+        ValueError: by `truncation.check_truncation`.
+    """
+    teacher = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
+    kept = kept_set(teacher, temperature=temperature, top_k=top_k, top_p=top_p)
+    if kept is None:
+        return jnp.ones(teacher.shape[:-1], jnp.float32)
+    inside, whole = _log_sum(teacher, kept, temperature), _log_sum(teacher, None, temperature)
+    return jnp.exp(_log_mass(inside, whole, temperature))[..., 0]
+
+
+def cross_entropy_and_log_z(
+    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """-log softmax(logits)[target] at T = 1, per position, in nats, and log z, the log-sum-exp of the logits.
+
+    Args:
+        logits: raw, any float type.
+        targets: token ids in [0, V).
+
+    Returns:
+        The cross-entropy, and log z, whose square is what a z-loss is made of. Both float32.
+    """
+    logits = logits.astype(jnp.float32)
+    over = _log_sum(logits, None, 1.0)
+    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return -_log_prob(at_target, over, 1.0)[..., 0], (over.maximum + over.log_sum)[..., 0]
+
+
+def cross_entropy(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """-log softmax(logits)[target] at T = 1, per position, in nats: `cross_entropy_and_log_z` without log z."""
+    return cross_entropy_and_log_z(logits, targets)[0]
+
+
+def kd_sums(
+    student_logits: Float[Array, "B L V"],
+    teacher_logits: Float[Array, "B L V"],
+    targets: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    truncation_strategy: str = "renormalize",
+    evaluation: bool = False,
+) -> KDSums:
+    """Every sum over valid positions that a distillation step, or an evaluation, is made of, from dense logits.
+
+        loss = ((1 - alpha) ce_sum + alpha kd_sum + z_weight log_z_sq_sum) / n
+
+    Args:
+        student_logits, teacher_logits: raw; differentiable with respect to the student's.
+        targets: token ids; read at valid positions only.
+        mask: True at valid positions. The others contribute exactly 0 to values and gradients, whatever their logits
+            are, infinities and NaN included.
+        temperature, top_k, top_p, truncation_strategy: as for `kl_divergence`.
+        evaluation: also compute kl_t1_sum and agreement_sum. Static.
+
+    Returns:
+        KDSums, to be added up and divided by n after the last reduction.
+
+    Raises:
+        ValueError: by `check_kd_arguments`.
+    """
+    truncation = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    # Replaced before any arithmetic: a NaN that is computed and then masked comes back through the gradient.
+    student = jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0)
+    teacher = jnp.where(mask[..., None], jax.lax.stop_gradient(teacher_logits.astype(jnp.float32)), 0.0)
+    targets = jnp.where(mask, targets, 0)
+
+    def total(per_position):
+        return jnp.sum(jnp.where(mask, per_position, 0.0), dtype=jnp.float32)
+
+    kl = kl_divergence(student, teacher, truncation_strategy=truncation_strategy, **truncation)
+    ce, log_z = cross_entropy_and_log_z(student, targets)
+    sums = KDSums(
+        ce_sum=total(ce),
+        kd_sum=temperature**2 * total(kl),
+        log_z_sq_sum=total(log_z**2),
+        teacher_ce_sum=total(cross_entropy(teacher, targets)),
+        kept_mass_sum=total(kept_mass(teacher, **truncation)),
+        n=total(jnp.ones_like(ce)),
+    )
+    if not evaluation:
+        return sums
+    return sums._replace(
+        kl_t1_sum=total(kl_divergence(student, teacher)),
+        agreement_sum=total(jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)),
+    )

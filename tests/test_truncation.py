@@ -1,0 +1,93 @@
+"""The laws of the teacher's kept set."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from MaxText.distill.truncation import kept_set
+
+TEMPERATURES = (0.5, 1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("top_k", range(1, 25))
+def test_top_k_keeps_the_k_largest_logits(top_k):
+    _, teacher = reference.logits_of_every_scale(top_k, 200, 24)
+    kept = kept_set(jnp.asarray(teacher), temperature=1.0, top_k=top_k, top_p=0.0)
+    if top_k == 24:
+        assert kept is None
+    else:
+        np.testing.assert_array_equal(kept, reference.kept_set(teacher, temperature=1.0, top_k=top_k))
+
+
+@pytest.mark.parametrize("top_p", (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999))
+def test_top_p_keeps_the_shortest_prefix_that_reaches_the_mass(top_p):
+    _, teacher = reference.logits_of_every_scale(7, 1000, 24)
+    for temperature in TEMPERATURES:
+        kept = np.asarray(kept_set(jnp.asarray(teacher), temperature=temperature, top_k=0, top_p=top_p))
+        assert reference.is_nucleus(kept, teacher, temperature=temperature, top_p=top_p).all()
+
+
+def test_top_p_is_right_over_a_large_vocabulary():
+    _, teacher = reference.logits_of_every_scale(8, 16, 50_000, largest=30.0)
+    for top_p in (0.3, 0.95, 0.999):
+        kept = np.asarray(kept_set(jnp.asarray(teacher), temperature=1.0, top_k=0, top_p=top_p))
+        assert reference.is_nucleus(kept, teacher, temperature=1.0, top_p=top_p).all()
+
+
+def test_the_token_that_crosses_is_kept():
+    logits = jnp.log(jnp.asarray([0.5, 0.25, 0.125, 0.125]))
+    assert kept_set(logits, temperature=1.0, top_k=0, top_p=0.5).tolist() == [True, False, False, False]
+    assert kept_set(logits, temperature=1.0, top_k=0, top_p=0.51).tolist() == [True, True, False, False]
+
+
+def test_ties_go_to_the_lower_token_id():
+    logits = jnp.asarray([1.0, 3.0, 2.0, 2.0, -0.0, 2.0, 0.0])
+    assert np.flatnonzero(kept_set(logits, temperature=1.0, top_k=2, top_p=0.0)).tolist() == [1, 2]
+    assert np.flatnonzero(kept_set(logits, temperature=1.0, top_k=3, top_p=0.0)).tolist() == [1, 2, 3]
+    assert np.flatnonzero(kept_set(logits, temperature=1.0, top_k=6, top_p=0.0)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.flatnonzero(kept_set(jnp.zeros(8), temperature=1.0, top_k=0, top_p=0.5)).tolist() == [0, 1, 2, 3]
+
+
+def test_logits_that_soften_to_equal_probabilities_keep_their_order():
+    # Both logits of the pair lie 20 below the largest, where float32 cannot tell them apart any more.
+    logits = jnp.asarray([20.0, 1.0e-7, 2.0e-7], jnp.float32)
+    assert jnp.unique(jnp.exp(logits - 20.0)).size == 2
+    assert kept_set(logits, temperature=1.0, top_k=2, top_p=0.0).tolist() == [True, False, True]
+
+
+def test_bfloat16_logits_are_ordered_as_their_float32_values():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((50, 300)), jnp.bfloat16)
+    widened = np.asarray(logits.astype(jnp.float32))
+    for truncation in ({"top_k": 40, "top_p": 0.0}, {"top_k": 0, "top_p": 0.6}):
+        kept = np.asarray(kept_set(logits, temperature=2.0, **truncation))
+        np.testing.assert_array_equal(kept, reference.kept_set(widened, temperature=2.0, **truncation))
+
+
+def test_tokens_that_the_teacher_does_not_have_are_kept_last():
+    logits = jnp.asarray([-jnp.inf, 1.0, -jnp.inf, 2.0, -jnp.inf, 0.0])
+    assert np.flatnonzero(kept_set(logits, temperature=1.0, top_k=2, top_p=0.0)).tolist() == [1, 3]
+    assert np.flatnonzero(kept_set(logits, temperature=1.0, top_k=4, top_p=0.0)).tolist() == [0, 1, 3, 5]
+    for top_p in (0.999, float(np.nextafter(1.0, 0.0))):
+        assert np.flatnonzero(kept_set(logits, temperature=1.0, top_k=0, top_p=top_p)).tolist() == [1, 3, 5]
+
+
+def test_nothing_is_truncated_where_both_are_off_or_keep_all():
+    logits = jnp.asarray([-jnp.inf, 1.0, 2.0])
+    for top_k, top_p in ((0, 0.0), (0, 1.0), (3, 0.0)):
+        assert kept_set(logits, temperature=1.0, top_k=top_k, top_p=top_p) is None
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "named"),
+    (
+        (-1, 0.0, "top_k=-1"),
+        (4, 0.0, "top_k=4"),
+        (0, -0.1, "top_p=-0.1"),
+        (0, 1.1, "top_p=1.1"),
+        (2, 0.5, "top_k=2 and"),
+    ),
+)
+def test_a_truncation_without_meaning_is_an_error_that_names_it(top_k, top_p, named):
+    with pytest.raises(ValueError, match=named):
+        kept_set(jnp.zeros((2, 3)), temperature=1.0, top_k=top_k, top_p=top_p)

@@ -1,0 +1,80 @@
+"""What the console says before the first step: what is trained, from what, on what."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from MaxText import pyconfig, upstream
+
+
+def say(line: str) -> None:
+    """Prints a line once per run rather than once per host."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def readable(count: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def header(run: pyconfig.Run, student: Any, teacher: Any) -> None:
+    """Prints the run in a few lines."""
+    config, kd = run.student, run.kd
+    tokens = config.global_batch_size_to_train_on * config.max_target_length
+    left = config.steps - student.start_step
+    lines = [
+        ("run", f"{config.run_name}: {steps_text(student.start_step, config.steps)}"),
+        ("student", model_text(config, nnx.state(student.state, nnx.Param))),
+    ]
+    if teacher is not None:
+        at = "" if teacher.checkpoint.step is None else f", step {teacher.checkpoint.step}"
+        lines.append(("teacher", model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))
+        lines.append(("", f"from {teacher.checkpoint.root}{at}"))
+    lines.append(("loss", loss_text(kd)))
+    lines.append(("tokens", f"{readable(tokens)} a step, {readable(tokens * left)} to go; {data_text(config)}"))
+    lines.append(("devices", layout_text(student.mesh)))
+    say("\n".join(f"{title:>8}  {text}" for title, text in lines))
+
+
+def steps_text(start: int, steps: int) -> str:
+    return f"steps {start} to {steps - 1}" + (" (resumed)" if start else "")
+
+
+def model_text(config: Any, params: nnx.State) -> str:
+    leaves = jax.tree.leaves(params)
+    held = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    name = config.model_name if config.model_name != "default" else f"{config.decoder_block.value} (no preset)"
+    layers = f"{config.num_decoder_layers} layers x {config.emb_dim}"
+    count = readable(sum(leaf.size for leaf in leaves))
+    return f"{name}, {layers}, {count} parameters held in {held}, computed in {config.dtype}"
+
+
+def loss_text(kd: pyconfig.Distillation) -> str:
+    if not kd.use_kd:
+        return "cross-entropy (use_kd=false)"
+    if not kd.teacher_in_step:
+        return "cross-entropy (kd_alpha=0); the teacher serves evaluation alone"
+    kept = "the whole vocabulary"
+    if kd.truncates:
+        size = f"top {kd.kd_top_k}" if kd.kd_top_k else f"top-p {kd.kd_top_p:g}"
+        kept = f"the teacher's {size} ({kd.kd_truncation_strategy})"
+    return f"{1 - kd.kd_alpha:g} CE + {kd.kd_alpha:g} T^2 KL(teacher || student) over {kept}, T = {kd.kd_temperature:g}"
+
+
+def data_text(config: Any) -> str:
+    return f"{config.dataset_type} data, {config.max_target_length} positions a row"
+
+
+def layout_text(mesh: jax.sharding.Mesh) -> str:
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})"

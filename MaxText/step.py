@@ -1,0 +1,251 @@
+"""The train step with the teacher in it, and the evaluation step: pure functions of (state, teacher, batch).
+
+The step is upstream's train step with another loss: what upstream's branches on, and this one does not carry, is
+refused by name in pyconfig.py. Sums and counts leave the loss; they are divided once, after the last reduction.
+Left out on purpose: use_kd=false, which runs upstream's own step.
+"""
+
+# B batch, L positions, V vocabulary
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from MaxText import upstream
+from MaxText.distill import kd_loss
+from MaxText.pyconfig import Distillation
+
+Batch = dict[str, jax.Array]
+Scalars = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What a step knows before it is traced: the two models' graphs and settings.
+
+    Attributes:
+      config: MaxText's configuration of the student and of the run.
+      student: graph of MaxText's train state (model and optimizer).
+      teacher_config: MaxText's configuration of the teacher.
+      teacher: graph of the teacher.
+      kd: the distillation settings.
+    """
+
+    config: Any
+    student: nnx.GraphDef
+    teacher_config: Any
+    teacher: nnx.GraphDef
+    kd: Distillation
+
+
+def train_step(
+    models: Models, params_shardings: nnx.State, state: nnx.State, teacher: nnx.State, batch: Batch
+) -> tuple[nnx.State, dict[str, Any]]:
+    """One update of the student.
+
+    Returns:
+      The new state, and {"scalar": metrics}: scalars named as in the metrics file.
+    """
+    config = models.config
+    train_state = nnx.merge(models.student, state)
+
+    def loss_fn(model, config, data, dropout_rng, params, is_train=True):  # upstream's signature
+        return distillation_loss(models, model, teacher, data, is_train)
+
+    if config.gradient_accumulation_steps > 1:
+        _, aux, raw_grads = upstream.gradient_accumulation.gradient_accumulation_loss_and_grad(
+            loss_fn, config, train_state.model, None, params_shardings, batch, None
+        )
+    else:
+        aux, raw_grads = loss_and_gradient(loss_fn, config, train_state.model, params_shardings, batch)
+    raw_grads = jax.tree.map(lambda g: g.astype(config.grad_dtype) if g.dtype == jnp.float32 else g, raw_grads)
+    grads = raw_grads
+    if config.gradient_clipping_threshold > 0:
+        grads = upstream.maxtext_utils.apply_gradient_clipping(raw_grads, None, config.gradient_clipping_threshold)
+
+    metrics = training_metrics(models, aux["sums"])
+    metrics["learning/grad_norm"] = upstream.max_utils.l2norm_pytree(grads)
+    metrics["learning/raw_grad_norm"] = upstream.max_utils.l2norm_pytree(raw_grads)
+    if config.skip_step_on_spikes:
+        train_state.apply_gradients(grads, loss=metrics["learning/loss"], grad_norm=metrics["learning/grad_norm"])
+        optimizer = nnx.to_pure_dict(nnx.state(train_state.optimizer))["opt_state"]
+        metrics["optim/step_skipped"] = optimizer["is_skipped"].astype(jnp.float32)
+    else:
+        train_state.apply_gradients(grads)
+    if config.routed_bias and config.routed_bias_update_rate > 0:
+        add_routed_bias_updates(train_state.model, aux["intermediate_outputs"])
+    if config.use_qk_clip:
+        clip = upstream.qk_clip_utils
+        train_state = clip.apply_qk_clip_nnx(train_state, aux["intermediate_outputs"], config)
+        largest = clip.calculate_max_logit_metric(aux["intermediate_outputs"])
+        if largest is not None:
+            metrics["learning/max_logits"] = largest
+    metrics["learning/param_norm"] = upstream.max_utils.l2norm_pytree(nnx.state(train_state.model, nnx.Param))
+    output = {"scalar": metrics, "scalars": {}}
+    if config.record_internal_nn_metrics:
+        upstream.metric_logger.record_activation_metrics(output, aux["intermediate_outputs"], config)
+    return nnx.state(train_state, nnx.Not(nnx.Intermediate)), output
+
+
+def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch) -> dict[str, Scalars]:
+    """Sums over one evaluation batch; metrics.py adds them up and divides by the token count of all batches."""
+    model = nnx.merge(models.student, state).model
+    _, aux = distillation_loss(models, model, teacher, batch, is_train=False)
+    sums = aux["sums"]
+    scalars = {f"evaluation/{name}": value for name, value in sums.items()}
+    if models.config.mtp_eval_target_module > 0:
+        rate = upstream.multi_token_prediction.calculate_mtp_acceptance_rate(
+            aux["intermediate_outputs"], models.config
+        )
+        scalars["evaluation/mtp_acceptance_rate_percent"] = rate
+    return {"scalar": scalars}
+
+
+def distillation_loss(
+    models: Models, model: nnx.Module, teacher: nnx.State, data: Batch, is_train: bool
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The objective of one (micro)batch and the sums it is made of.
+
+    loss = ((1 - alpha) CE + alpha T^2 KL + z-loss) / n + MoE load balancing + MTP, times n under gradient
+    accumulation, where upstream divides by the token count of all microbatches.
+
+    Returns:
+      The loss; and aux with "sums" (float32 scalars that may be added over microbatches), "intermediate_outputs" (what
+      the student's layers reported), and the keys that upstream's gradient accumulation reads.
+    """
+    config, kd = models.config, models.kd
+    rows = config.micro_batch_size_to_train_on if is_train else config.micro_batch_size_to_eval_on
+    data = {key: value[:rows] for key, value in data.items()}  # per_device_batch_size < 1 loads more than it trains on
+    student_logits, reported = forward(model, config, data, enable_dropout=config.enable_dropout and is_train)
+    teacher_model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
+    teacher_logits, _ = forward(teacher_model, models.teacher_config, data, enable_dropout=False)
+
+    parts = kd_loss.kd_sums(
+        student_logits,
+        teacher_logits,
+        data["targets"],
+        data["targets_segmentation"] != 0,
+        temperature=kd.kd_temperature,
+        top_k=kd.kd_top_k,
+        top_p=kd.kd_top_p,
+        truncation_strategy=kd.kd_truncation_strategy,
+        evaluation=not is_train,
+    )
+    z_loss_sum = config.z_loss_multiplier * parts.log_z_sq_sum
+    objective = (1 - kd.kd_alpha) * parts.ce_sum + kd.kd_alpha * parts.kd_sum + z_loss_sum
+    n = parts.n
+    moe_lb_loss, mtp_loss = auxiliary_losses(config, reported, is_train)
+    objective = objective + n * (moe_lb_loss + mtp_loss)
+    if not is_train and config.mtp_eval_target_module > 0:
+        reported["logits"] = student_logits  # the acceptance rate compares MTP's heads with the model's own
+
+    aux = {
+        "sums": {name: value for name, value in parts._asdict().items() if value is not None}
+        | {"objective": objective, "z_loss_sum": z_loss_sum}
+        | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss},
+        "intermediate_outputs": reported,
+        "xent_sum": objective,
+        "total_weights": n,
+        "moe_lb_loss": moe_lb_loss,
+        "mtp_loss": mtp_loss,
+        "indexer_loss": 0.0,
+    }
+    summed = config.gradient_accumulation_steps > 1 and is_train
+    return (objective if summed else objective / jnp.maximum(n, 1)), aux
+
+
+def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits [B, L, V] of a model, and what its layers reported on the way (upstream calls them intermediates)."""
+    extra = {key: data[key] for key in ("forced_routed_experts",) if key in data}
+    logits = model(
+        decoder_input_tokens=data["inputs"],
+        decoder_positions=data["inputs_position"],
+        decoder_segment_ids=data["inputs_segmentation"],
+        enable_dropout=enable_dropout,
+        decoder_target_tokens=data["targets"],
+        decoder_target_mask=data["targets_segmentation"],
+        **extra,
+    )
+    mtp = {}
+    if config.mtp_num_layers > 0:  # both are kinds of Intermediate: taken out first, or the general pop takes them too
+        heads = upstream.multi_token_prediction
+        mtp = {
+            "mtp_losses": nnx.pop(model, heads.mtp_losses).to_pure_dict(),
+            "mtp_acceptance": nnx.pop(model, heads.mtp_acceptance).to_pure_dict(),
+        }
+    reported = nnx.pop(model, nnx.Intermediate).to_pure_dict()
+    return logits, upstream.moe.finalize_deferred_intermediates(reported, config) | mtp
+
+
+def auxiliary_losses(config: Any, reported: dict[str, Any], is_train: bool) -> tuple[jax.Array, jax.Array]:
+    """MoE load-balancing and MTP losses, means over the batch with their weights in them, as upstream defines them."""
+    moe_lb_loss = mtp_loss = jnp.float32(0)
+    if config.num_experts > 1:
+        layers = upstream.maxtext_utils.collect_intermediates_by_suffix(reported, "moe_lb_loss")
+        if layers:
+            reduce = jnp.sum if upstream.moe.uses_megatron_seq_aux_loss(config) else jnp.mean
+            moe_lb_loss = reduce(jnp.concatenate(layers)).astype(jnp.float32)
+    if config.mtp_num_layers > 0 and is_train:
+        mtp_loss = jnp.float32(upstream.multi_token_prediction.calculate_mtp_loss(reported, config))
+    return moe_lb_loss, mtp_loss
+
+
+def loss_and_gradient(
+    loss_fn, config: Any, model: nnx.Module, params_shardings: nnx.State, batch: Batch
+) -> tuple[dict[str, Any], nnx.State]:
+    """One forward and backward pass; the model's other variables (random streams, statistics) advance in place."""
+    nnx.pop(model, nnx.Intermediate)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    if config.shard_optimizer_over_data:  # ZeRO-1: stored over data, gathered here once for both passes
+        params = jax.tree.map(
+            lambda x, s: upstream.sharding.maybe_shard_with_name(x, s, shard_mode=config.shard_mode),
+            params,
+            params_shardings,
+        )
+        nnx.update(model, params)
+
+    def loss_of(params, rest):
+        local = nnx.merge(graphdef, params, rest, copy=True)
+        loss, aux = loss_fn(local, config, batch, None, None)
+        return loss, (aux, nnx.state(local, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate))))
+
+    (_, (aux, advanced)), grads = jax.value_and_grad(loss_of, has_aux=True)(params, rest)
+    nnx.update(model, advanced)
+    return aux, grads
+
+
+def add_routed_bias_updates(model: nnx.Module, reported: dict[str, Any]) -> None:
+    """Moves each router's bias by what its layer reported (auxiliary-loss-free balancing, arXiv:2408.15664)."""
+    for path, update in jax.tree_util.tree_leaves_with_path(reported):
+        names = [part.key for part in path if hasattr(part, "key")]
+        if "moe_bias_updates" not in names:
+            continue
+        layer = model
+        for name in names[: names.index("moe_bias_updates")]:
+            layer = layer[name] if isinstance(layer, (nnx.List, nnx.Dict)) else getattr(layer, str(name))
+        for _, node in nnx.iter_graph(layer):
+            if type(node).__name__ == "GateLogit" and node.bias is not None:
+                node.bias.set_value(node.bias.get_value() + jnp.asarray(update))
+
+
+def training_metrics(models: Models, sums: Scalars) -> Scalars:
+    """Scalars of one step from its sums, each divided once by the token count of the whole step."""
+    n = jnp.maximum(sums["n"], 1)
+    ce = sums["ce_sum"] / n
+    return {
+        "learning/loss": sums["objective"] / n,
+        "learning/ce_loss": ce,
+        "learning/lm_loss": ce,
+        "learning/perplexity": jnp.exp(ce),
+        "learning/kd_loss": sums["kd_sum"] / n,
+        "learning/teacher_ce_loss": sums["teacher_ce_sum"] / n,
+        "learning/kd_kept_mass": sums["kept_mass_sum"] / n,
+        "learning/z_loss": sums["z_loss_sum"] / n,
+        "learning/moe_lb_loss": sums["moe_lb_loss_sum"] / n,
+        "learning/mtp_loss": sums["mtp_loss_sum"] / n,
+        "learning/indexer_loss": jnp.float32(0),
+        "learning/total_weights": sums["n"],
+    }

@@ -1,0 +1,175 @@
+"""The frozen teacher: its checkpoint, its configuration's missing half, its arrays on the student's mesh.
+
+The teacher is a graph definition and a state of arrays. No optimizer, no dropout, no gradient: the step receives the
+state as an argument, reads it, and it is in no checkpoint of the student.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from orbax.checkpoint import path as ocp_path
+from orbax.checkpoint.experimental import v1 as ocp
+
+from MaxText import upstream
+from MaxText.pyconfig import ConfigError
+
+Path = tuple[str, ...]
+
+# Variables a checkpoint need not hold: random streams are drawn afresh and unused, the others live within a call.
+EPHEMERAL = (nnx.RngState, nnx.Cache, nnx.Intermediate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A MaxText checkpoint as it lies on disk, before anything of it is read but its index.
+
+    Attributes:
+      root: the step's folder (what holds `items`), or a parameters-only checkpoint.
+      step: the training step, None where the path does not tell.
+      arrays: where each array of the model lies: path within the model -> (path on disk, shape, dtype).
+    """
+
+    root: epath.Path
+    step: int | None
+    arrays: dict[Path, tuple[Path, tuple[int, ...], np.dtype]]
+
+    @property
+    def scan_layers(self) -> bool:
+        """Whether the layers are stacked in one array (MaxText's scan_layers), read off the names."""
+        return not any(re.fullmatch(r"(\w+_)?layers_\d+", part) for path in self.arrays for part in path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The teacher on the student's mesh: `nnx.merge(graphdef, state, copy=True)` is the model."""
+
+    config: Any
+    graphdef: nnx.GraphDef
+    state: nnx.State
+    shardings: nnx.State
+    checkpoint: Checkpoint
+
+
+def find_checkpoint(path: str) -> Checkpoint:
+    """Reads the index of the checkpoint at `path`: a step, its `items`, a `checkpoints` folder or a run's folder.
+
+    Raises:
+      ConfigError: nothing is there, or it is no checkpoint of MaxText's.
+    """
+    key = f"kd_teacher_parameters_path={path!r}"
+    given = epath.Path(path)
+    if not given.exists():
+        raise ConfigError(f"{key}: no such path")
+    root = given.parent if given.name == "items" else given
+    for folder in (root, root / "checkpoints"):
+        steps = committed_steps(folder)
+        if steps:
+            root = folder / str(steps[-1])
+            break
+    name = "items" if (root / "items").exists() else None
+    try:
+        index = ocp.metadata(root, checkpointable_name=name).metadata
+    except (ValueError, OSError, KeyError, TypeError, ocp.errors.InvalidLayoutError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{key}: no MaxText checkpoint ({reason}); expected .../checkpoints/<step>/items, a parameters-only "
+            "checkpoint, or a run's checkpoints folder"
+        ) from None
+    arrays = model_arrays(index)
+    if not arrays:
+        raise ConfigError(f"{key}: holds no model parameters (no `params` in it)")
+    return Checkpoint(root=root, step=int(root.name) if root.name.isdigit() else None, arrays=arrays)
+
+
+def committed_steps(folder: epath.Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(found.step for found in ocp_path.step.standard_name_format().find_all(folder))
+
+
+def model_arrays(index: Any) -> dict[Path, tuple[Path, tuple[int, ...], np.dtype]]:
+    """Locates the model's arrays in a checkpoint's index.
+
+    MaxText keeps trainable parameters in params/params, other kinds of variables in params/<their type> (converted
+    checkpoints) or nnx_aux/model (training checkpoints; router biases of DeepSeek-style MoE are such).
+    """
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(index, is_leaf=lambda x: hasattr(x, "shape")):
+        where = tuple(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
+        if where[0] == "params" or where[:2] == ("nnx_aux", "model"):
+            found[where[2:]] = (where, tuple(leaf.shape), np.dtype(leaf.dtype))
+    return found
+
+
+def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
+    """Restores the teacher once, each array straight to its shards.
+
+    Args:
+      config: MaxText's configuration of the teacher.
+      checkpoint: where its arrays lie.
+      mesh: the student's mesh.
+      dtype: what floating-point parameters are held in; "" = as stored.
+
+    Raises:
+      ConfigError: the checkpoint lacks arrays of the configured model, or holds them in other shapes.
+    """
+    create, abstract = upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
+    graphdef, ephemeral, stored = nnx.split(abstract, EPHEMERAL, ...)
+    wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(stored)}
+    check_shapes(config, checkpoint, {path: leaf.shape for path, leaf in wanted.items()})
+
+    def request(path: Path, leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
+        target = leaf.get_value()
+        kind = checkpoint.arrays[path][2]
+        if jax.numpy.issubdtype(kind, jax.numpy.floating):
+            kind = np.dtype(dtype or kind)
+        return jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding)
+
+    requests = {checkpoint.arrays[path][0]: request(path, leaf) for path, leaf in wanted.items()}
+    with upstream.checkpoint_context.build_context(
+        use_ocdbt=config.checkpoint_storage_use_ocdbt,
+        use_zarr3=config.checkpoint_storage_use_zarr3,
+        checkpoint_storage_concurrent_gb=config.checkpoint_storage_concurrent_gb,
+        partial_load=True,
+        enable_single_replica_ckpt_restoring=config.enable_single_replica_ckpt_restoring,
+    ):
+        name = "items" if (checkpoint.root / "items").exists() else None
+        tree = ocp.load(checkpoint.root, nnx.traversals.unflatten_mapping(requests), checkpointable_name=name)
+    restored = nnx.traversals.flatten_mapping(tree)
+    for path, leaf in wanted.items():
+        leaf.set_value(restored[checkpoint.arrays[path][0]])
+
+    # Unused random streams still need values. One jit makes them; XLA drops the parameters it would also initialise.
+    placed = jax.tree.map(lambda x: x.sharding, ephemeral)
+    with logical_axis_rules(config.logical_axis_rules), jax.set_mesh(mesh):
+        streams = jax.jit(lambda: nnx.split(create(), EPHEMERAL, ...)[1], out_shardings=placed)()
+    state = nnx.State.merge(stored, streams)
+    return Teacher(
+        config=config,
+        graphdef=graphdef,
+        state=state,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+        checkpoint=checkpoint,
+    )
+
+
+def check_shapes(config: Any, checkpoint: Checkpoint, wanted: dict[Path, tuple[int, ...]]) -> None:
+    problems = []
+    for path, shape in wanted.items():
+        if path not in checkpoint.arrays:
+            problems.append(f"  {'/'.join(path)}: not in the checkpoint, the model has {shape}")
+        elif checkpoint.arrays[path][1] != tuple(shape):
+            problems.append(f"  {'/'.join(path)}: {checkpoint.arrays[path][1]} stored, the model has {tuple(shape)}")
+    if problems:
+        shown = "\n".join(problems[:5]) + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ConfigError(
+            f"kd_teacher_parameters_path={str(checkpoint.root)!r}: does not hold the configured teacher "
+            f"(model {config.model_name!r}):\n{shown}\n"
+            "Set kd_teacher_model_name to the teacher's preset, or kd_teacher_overrides to what differs from it."
+        )

@@ -1,0 +1,207 @@
+"""The only door to MaxText's internals: what this project takes from the package `maxtext`, in one place.
+
+An upgrade of the engine is a diff of this file; tests/test_upstream.py names what each use relies on. The engine takes
+some ten seconds to import, so its modules are imported when first touched: a misspelt key is reported at once.
+Left out on purpose: everything that is a choice of this project (losses, teacher, metrics, loop).
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import absl.logging
+import omegaconf
+import pydantic
+from etils import epy
+
+# The engine imports TensorFlow and transformers for its input pipelines; neither's greetings concern the user.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+with epy.lazy_imports():
+    import pathwaysutils
+    from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler
+    from maxtext.configs import pyconfig, types
+    from maxtext.input_pipeline import input_pipeline_interface
+    from maxtext.layers import moe, multi_token_prediction
+    from maxtext.trainers.pre_train import train as pre_train
+    from maxtext.utils import (
+        exceptions,
+        gcs_utils,
+        globals,
+        gradient_accumulation,
+        max_utils,
+        maxtext_utils,
+        model_creation_utils,
+        qk_clip_utils,
+        sharding,
+        train_utils,
+    )
+
+def prepare_runtime() -> None:
+    """What upstream's `train.initialize` sets before the configuration is resolved and a device is touched."""
+    import jax
+
+    pathwaysutils.initialize()
+    jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+    flag = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"
+    if flag.split("=")[0] not in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flag}"
+
+
+def resolve_config(
+    base: omegaconf.DictConfig, preset_folder: str, arguments: list[str], config_class: type, **overrides: Any
+) -> Any:
+    """Resolves layers of settings into MaxText's configuration object.
+
+    Args:
+      base: the yml files, already merged; upstream would look for them only beside each other and in its own package.
+      preset_folder: a folder whose `models/` is searched before upstream's for `<model_name>.yml`.
+      arguments: `key=value` of the command line.
+      config_class: the pydantic model that the settings must satisfy.
+      **overrides: settings that win over all others.
+
+    Raises:
+      pydantic.ValidationError: a value of the wrong type or outside its range.
+      ValueError: what upstream's own validation refuses.
+    """
+    anchor = os.path.join(preset_folder, "base.yml")  # upstream derives the preset's folder from this name
+    with mock.patch.object(pyconfig, "_load_config", lambda _: base.copy()):
+        resolved = pyconfig._initialize_pydantic(["", anchor, *arguments], config_class=config_class, **overrides)
+    return pyconfig.HyperParameters(resolved)
+
+
+def preset_folders() -> list[str]:
+    """The folders of MaxText's own that hold model presets."""
+    return [os.path.join(globals.MAXTEXT_CONFIGS_DIR, "models")]
+
+
+def base_yml() -> str:
+    return os.path.join(globals.MAXTEXT_CONFIGS_DIR, "base.yml")
+
+
+def known_keys(config_class: type[pydantic.BaseModel]) -> set[str]:
+    """Every key a yml or the command line may hold: the fields of the model and of the models nested in it."""
+    keys = set(config_class.model_fields)
+    for field in config_class.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            keys |= known_keys(field.annotation)
+    return keys
+
+
+# The engine's voice ---------------------------------------------------------------------------------------------------
+
+
+def set_verbose(verbose: bool) -> None:
+    """Shows upstream's messages as it writes them, or only warnings, without absl's prefix."""
+    absl.logging.set_verbosity(absl.logging.INFO if verbose else absl.logging.WARNING)
+    if not verbose:
+        absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+
+
+def is_verbose() -> bool:
+    return absl.logging.get_verbosity() >= absl.logging.INFO
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Discards what is written to the process's output, by C++ libraries too. Exceptions pass."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(open(os.devnull, "w"))
+        for descriptor in (1, 2):
+            kept = os.dup(descriptor)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, descriptor)
+            os.dup2(sink.fileno(), descriptor)
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+# Options whose branches live in upstream's loop; with use_kd=false that loop runs them, with use_kd=true they are
+# refused (pyconfig.py). Each entry: key -> the values that do not need it.
+OWN_LOOP: dict[str, tuple] = {
+    "elastic_enabled": (False,),
+    "enable_diloco": (False,),
+    "enable_mllog": (False,),
+    "log_required_ragged_buffer_factor": (False,),
+    "moe_dropless_fallback": ("none", "layer", "", None),
+    "te_moe_block": (False,),
+    "warmup_programs_in_init": (False,),
+}
+
+
+def needs_own_loop(config: Any) -> str:
+    """The first option that only upstream's loop serves, as key=value; "" for none."""
+    for key, without in OWN_LOOP.items():
+        value = getattr(config, key)
+        if getattr(value, "value", value) not in without:
+            return f"{key}={value}"
+    return ""
+
+
+def start_engine(config: Any) -> Any:
+    """Imports the engine and sets what upstream's `train.initialize` sets after the configuration -> goodput recorder.
+
+    The imports greet at length (TensorFlow, transformers, the stubs of Google Cloud's services).
+    """
+    import jax
+
+    with contextlib.nullcontext() if is_verbose() else silence():
+        pre_train.train_step  # noqa: B018  the first touch imports
+        input_pipeline_interface.create_data_iterator  # noqa: B018
+        if pre_train._TF_AVAILABLE:  # TensorFlow reads data; left alone it would also take the GPU's memory
+            pre_train.tf.config.set_visible_devices([], "GPU")
+    jax.config.update("jax_use_shardy_partitioner", config.shardy)
+    jax.config.update("jax_remove_size_one_mesh_axis_from_type", config.remove_size_one_mesh_axis_from_type)
+    os.environ["TFDS_DATA_DIR"] = config.dataset_path or ""
+    if config.use_vertex_tensorboard or os.environ.get("UPLOAD_DATA_TO_TENSORBOARD"):
+        pre_train.VertexTensorboardManager().configure_vertex_tensorboard(config)
+    if config.te_comm_gemm_overlap != types.TeCommGemmOverlapPolicy.DISABLED:
+        max_utils.bootstrap_transformer_engine_cgemm(config)
+    return goodput.create_goodput_recorder(config)
+
+
+@contextlib.contextmanager
+def monitored(config: Any, recorder: Any) -> Iterator[None]:
+    """The contexts upstream runs a job in: goodput, TransformerEngine's mesh, throttling between slices."""
+    goodput.record_goodput(recorder, goodput.RECORD_JOB_START_TIME)
+    with goodput.maybe_monitor_goodput(config), max_utils.maybe_get_transformer_engine_context(config):
+        train_utils.maybe_apply_dcn_throttling(config)
+        try:
+            yield
+            goodput.record_goodput(recorder, goodput.RECORD_JOB_END_TIME)
+        finally:
+            train_utils.maybe_cleanup_dcn_throttling(config)
+
+
+def tflops_per_step(config: Any, teacher_config: Any | None) -> float:
+    """TFLOPs per device of one step: the student's, and a teacher's forward pass, a third of what training it costs."""
+    total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
+    if teacher_config is not None:
+        total += maxtext_utils.calculate_tflops_training_per_device(teacher_config, log=False)[0] / 3
+    return total
+
+
+def dump_hlo_once(config: Any, start_step: int, step: int, state: Any) -> None:
+    """Uploads XLA's dump after the step that `dump_step` names (the first by default), when its compilation is over."""
+    if not config.dump_hlo or step != (config.dump_step if config.dump_step >= 0 else start_step):
+        return
+    import jax
+
+    jax.block_until_ready(state)
+    gcs_utils.upload_dump(
+        config.dump_hlo_local_dir,
+        config.dump_hlo_gcs_dir,
+        module_name=config.dump_hlo_module_name,
+        delete_local_after=config.dump_hlo_delete_local_after,
+        all_host_upload=config.dump_hlo_upload_all,
+    )

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shlex
 import shutil
 import statistics
@@ -58,7 +59,7 @@ class Run:
         """The keys that this run sets on top of MaxText/configs/base.yml."""
         files = [OmegaConf.load(ROOT / path) for path in ("configs/demo/common.yml", self.config)]
         merged = OmegaConf.merge(*files, OmegaConf.from_dotlist(list(self.overrides)))
-        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
 def student(name: str, title: str, alpha: int, *overrides: str) -> Run:
@@ -94,7 +95,13 @@ def launch(run: Run, console: Console) -> int:
         (run.folder / "train.log").open("a") as log,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
-        process = subprocess.Popen([sys.executable, *run.command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *run.command],
+            cwd=ROOT,
+            env=os.environ | {"PWD": str(ROOT)},  # common.yml reads it, and only a shell keeps it up to date
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         task = bar.add_task("", total=run.settings["steps"], loss="starting")
         try:
             while process.poll() is None:
@@ -137,12 +144,15 @@ def train(run: Run, corpus: dict[str, Any], console: Console) -> float:
 
 
 def summary(rows: Rows) -> dict[str, float]:
-    """A run's last evaluation, and the median of its training speed, which start and compilation do not bend."""
+    """A run's last evaluation, and its training speed: all tokens by all seconds of the steps after the first.
+
+    Single steps say little: a step is timed when it is handed out, and the wait falls on another one.
+    """
     last = [row for row in rows if "evaluation/ce_loss" in row][-1]
     speeds = [row["perf/per_device_tokens_per_sec"] for row in rows if "perf/per_device_tokens_per_sec" in row]
     names = {"kl": "evaluation/kl_t1", "agreement": "evaluation/top1_agreement"}
     ce = last["evaluation/ce_loss"]
-    return {"ce": ce, "perplexity": math.exp(ce), "tokens_per_second": statistics.median(speeds)} | {
+    return {"ce": ce, "perplexity": math.exp(ce), "tokens_per_second": statistics.harmonic_mean(speeds[1:])} | {
         name: last[key] for name, key in names.items() if key in last
     }
 

@@ -133,7 +133,11 @@ def test_the_verdict_follows_the_numbers(ce: float, kd: float, expected: str) ->
 
 
 def metrics(final_ce: float) -> demo.Rows:
-    training = [{"step": step, "learning/loss": 5.0, "perf/per_device_tokens_per_sec": step} for step in range(3)]
+    speeds = (1, 100, 300)  # the second hundred tokens took 1 s, the third a third of it
+    training = [
+        {"step": step, "learning/loss": 5.0, "perf/per_device_tokens_per_sec": speed}
+        for step, speed in enumerate(speeds)
+    ]
     evaluations = [
         {
             "step": step,
@@ -147,7 +151,7 @@ def metrics(final_ce: float) -> demo.Rows:
 
 
 def test_a_summary_is_of_the_last_evaluation() -> None:
-    expected = {"ce": 0.0, "perplexity": 1.0, "tokens_per_second": 1, "kl": 0.5, "agreement": 0.25}
+    expected = {"ce": 0.0, "perplexity": 1.0, "tokens_per_second": 150, "kl": 0.5, "agreement": 0.25}
     assert demo.summary(metrics(0.0)) == expected
 
 

@@ -12,8 +12,7 @@ STYLES = {"ce": ("CE only", "#8c8c8c", "o"), "kd": ("KD", "#d1495b", "s")}
 
 def _draw(axes: Axes, histories: dict[str, History], prefix: str, metric: str) -> None:
     for kind, (label, color, marker) in STYLES.items():
-        # The evaluation before any training is left out: at log(vocabulary size) it would flatten all the others.
-        rows = [row for row in histories[f"{prefix}_{kind}"] if metric in row and row["step"] > 0]
+        rows = [row for row in histories[f"{prefix}_{kind}"] if metric in row]
         axes.plot([row["step"] for row in rows], [row[metric] for row in rows], color=color, marker=marker, label=label)
     axes.set_xlabel("training steps of the student")
     axes.grid(alpha=0.3)

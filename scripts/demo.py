@@ -31,6 +31,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "runs/demo"
+PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # .venv/bin/python, where it is the project's own
 SEED_SPREAD = 0.02  # nats: how far the held-out cross-entropy moves from one seed to the next (docs/log.md)
 
 Rows = list[dict[str, Any]]
@@ -52,7 +53,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The command, as typed in the repository's root."""
-        return ["MaxText/train.py", self.config, *self.overrides]
+        return [PYTHON, "MaxText/train.py", self.config, *self.overrides]
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def launch(run: Run, console: Console) -> int:
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         process = subprocess.Popen(
-            [sys.executable, *run.command],
+            run.command,
             cwd=ROOT,
             env=os.environ | {"PWD": str(ROOT)},  # common.yml reads it, and only a shell keeps it up to date
             stdout=log,
@@ -117,7 +118,7 @@ def launch(run: Run, console: Console) -> int:
 
 def train(run: Run, corpus: dict[str, Any], console: Console) -> float:
     """Trains `run`, or goes on with it, or keeps it where it is finished. Returns its seconds, all calls together."""
-    console.print(f"\n[bold]{run.name}[/]  $ {shlex.join(['python', *run.command])}", soft_wrap=True)
+    console.print(f"\n[bold]{run.name}[/]  $ {shlex.join(run.command)}")
     state_path, identity = run.folder / "demo.json", fingerprint(run, corpus)
     state = json.loads(state_path.read_text()) if state_path.exists() else {}
     if state.get("fingerprint") != identity:
@@ -137,7 +138,7 @@ def train(run: Run, corpus: dict[str, Any], console: Console) -> float:
         state_path.write_text(json.dumps(state))
     if status:
         log = run.folder / "train.log"
-        console.print("\n".join(log.read_text().splitlines()[-20:]), markup=False, soft_wrap=True)
+        console.print("\n".join(log.read_text().splitlines()[-20:]), markup=False)
         sys.exit(f"{run.name} failed with status {status}; the whole log is {log.relative_to(ROOT)}")
     console.print(f"{state['seconds']:.0f} s, held-out cross-entropy {summary(read_metrics(run))['ce']:.3f}")
     return state["seconds"]
@@ -185,7 +186,7 @@ def table(title: str, results: dict[str, dict[str, float]], runs: tuple[Run, ...
 
 
 def main() -> None:
-    console, start = Console(highlight=False), time.monotonic()
+    console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
     console.print("corpus: the standard library of this Python, split by file")
     corpus = build_corpus.build(OUT / "corpus")
     train_rows, small_rows = corpus["train"]["rows"], corpus["train_small"]["rows"]
@@ -201,16 +202,15 @@ def main() -> None:
     same = verdict(*(results[run.name]["ce"] for run in (STUDENT_CE, STUDENT_KD, TEACHER)))
     small = verdict(*(results[run.name]["ce"] for run in (SMALL_CE, SMALL_KD, TEACHER)))
     seen = min(read["teacher"], train_rows)
-    small_note = f"{small_rows} rows, read {read['small_kd'] / small_rows:.1f} times; the teacher has read {seen:,}"
+    same_title = f"Same {min(read['student_kd'], train_rows):,} rows for both students (the teacher has read {seen:,})"
+    small_title = f"Small data: {small_rows} rows, read {read['small_kd'] / small_rows:.1f} times"
 
     console.print()
-    console.print(table(f"Same {min(read['student_kd'], train_rows):,} rows", results, RUNS[:3]))
-    console.print(same, soft_wrap=True)
+    console.print(table(same_title, results, RUNS[:3]))
+    console.print(same)
     console.print()
-    console.print(table(f"Small data: {small_note}", results, (TEACHER, SMALL_CE, SMALL_KD)))
-    console.print(
-        f"{small} This student learns from a teacher that saw {seen / small_rows:.0f} times more text.", soft_wrap=True
-    )
+    console.print(table(small_title, results, (TEACHER, SMALL_CE, SMALL_KD)))
+    console.print(f"{small} This student learns from a teacher that saw {seen / small_rows:.0f} times more text.")
 
     plot_demo.plot(histories, OUT / "demo.png")
     report = {"corpus": corpus, "runs": results, "seconds": seconds, "same_rows": same, "small_data": small}

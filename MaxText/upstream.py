@@ -97,8 +97,8 @@ def known_keys(config_class: type[pydantic.BaseModel]) -> set[str]:
 
 
 def set_verbose(verbose: bool) -> None:
-    """Shows upstream's messages as it writes them, or only warnings, without absl's prefix."""
-    absl.logging.set_verbosity(absl.logging.INFO if verbose else absl.logging.WARNING)
+    """Shows upstream's messages as it writes them, or only errors, without absl's prefix."""
+    absl.logging.set_verbosity(absl.logging.INFO if verbose else absl.logging.ERROR)
     if not verbose:
         absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
 

@@ -1,0 +1,53 @@
+"""Student, teacher and batches in this process, for tests that look inside a step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from conftest import SMOKE
+
+from MaxText import pyconfig, step, train, upstream
+from MaxText import teacher as teacher_lib
+
+
+@dataclasses.dataclass
+class Lab:
+    """What `train.main` holds before its loop."""
+
+    run: pyconfig.Run
+    student: Any
+    teacher: Any
+
+    @property
+    def models(self) -> step.Models:
+        return step.Models(
+            self.run.student, self.student.graphdef, self.teacher.config, self.teacher.graphdef, self.run.kd
+        )
+
+    def steps(self) -> train.Steps:
+        return train.compile_steps(self.run.student, self.run.kd, self.student, self.teacher)
+
+
+def make(folder: Any, teacher: str, **keys: Any) -> Lab:
+    """The smoke run with `keys`, distilled from the checkpoint at `teacher`."""
+    keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "base_output_directory": folder} | keys
+    keys = {"metrics_file": "", "enable_checkpointing": "false"} | keys
+    run = pyconfig.initialize(["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())])
+    checkpoint = teacher_lib.find_checkpoint(run.kd.kd_teacher_parameters_path)
+    config = pyconfig.teacher_config(run, checkpoint.scan_layers)
+    recorder = upstream.start_engine(run.student)
+    student = train.set_up_student(run.student, recorder)
+    return Lab(run, student, teacher_lib.load(config, checkpoint, student.mesh, run.kd.kd_teacher_dtype))
+
+
+def padded_batch(rows: int = 4, length: int = 32, vocabulary: int = 256, seed: int = 0) -> dict[str, jax.Array]:
+    """Random tokens; each row ends in padding, of another length per row, one row is all padding."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, vocabulary, (rows, length + 1))
+    valid = np.arange(length) < np.linspace(0, length, rows).astype(int)[:, None]
+    position = np.broadcast_to(np.arange(length), (rows, length))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    for name in ("inputs", "targets"):
+        batch |= {f"{name}_position": position, f"{name}_segmentation": valid}
+    return {key: jax.numpy.asarray(value, dtype=np.int32) for key, value in batch.items()}

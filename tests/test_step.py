@@ -1,0 +1,154 @@
+"""Laws of the step, seen from inside: what is differentiated, what is masked, what stays as it was."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import lab as lab_lib
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from jax._src import monitoring
+
+from MaxText import step
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, teacher):
+    return lab_lib.make(
+        tmp_path_factory.mktemp("lab"), teacher, kd_alpha=0.7, kd_temperature=2, gradient_clipping_threshold=0
+    )
+
+
+def loss_and_gradient(lab, batch, **kd):
+    """Metrics and raw gradient of one step."""
+    models = dataclasses.replace(lab.models, kd=lab.run.kd.model_copy(update=kd))
+    config = models.config
+
+    def run(state, teacher, batch):
+        model = nnx.merge(models.student, state).model
+
+        def loss_fn(model, config, data, dropout_rng, params, is_train=True):
+            return step.distillation_loss(models, model, teacher, data, is_train)
+
+        if config.gradient_accumulation_steps > 1:
+            accumulate = step.upstream.gradient_accumulation.gradient_accumulation_loss_and_grad
+            _, aux, grads = accumulate(loss_fn, config, model, None, lab.student.params_shardings, batch, None)
+        else:
+            aux, grads = step.loss_and_gradient(loss_fn, config, model, lab.student.params_shardings, batch)
+        return step.training_metrics(models, aux["sums"]), grads
+
+    with jax.set_mesh(lab.student.mesh), logical_axis_rules(config.logical_axis_rules):
+        return jax.jit(run)(lab.student.state, lab.teacher.state, batch)
+
+
+def logits_of(graphdef, state, config, batch):
+    return step.forward(nnx.merge(graphdef, state, copy=True), config, batch, enable_dropout=False)[0]
+
+
+def test_the_gradient_is_that_of_the_blend_over_valid_positions(lab):
+    batch = lab_lib.padded_batch()
+    models, alpha, temperature = lab.models, 0.7, 2.0
+    mask = batch["targets_segmentation"] != 0
+
+    def plain(params, rest, teacher):  # the definition, without anything of ours
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        student = step.forward(model, models.config, batch, enable_dropout=False)[0]
+        target = logits_of(models.teacher, teacher, models.teacher_config, batch)
+        ce = -jnp.take_along_axis(jax.nn.log_softmax(student), batch["targets"][..., None], -1)[..., 0]
+        p, q = jax.nn.log_softmax(target / temperature), jax.nn.log_softmax(student / temperature)
+        kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        return jnp.sum(((1 - alpha) * ce + alpha * temperature**2 * kl) * mask) / jnp.sum(mask)
+
+    model = nnx.merge(models.student, lab.student.state).model
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    with jax.set_mesh(lab.student.mesh), logical_axis_rules(models.config.logical_axis_rules):
+        loss, expected = jax.jit(jax.value_and_grad(plain))(params, rest, lab.teacher.state)
+    metrics, grads = loss_and_gradient(lab, batch)
+    assert float(metrics["learning/loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["learning/total_weights"]) == float(jnp.sum(mask))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), expected, grads)
+
+
+def test_what_stands_at_padding_changes_nothing(lab):
+    batch = lab_lib.padded_batch()
+    valid = batch["targets_segmentation"] != 0
+    other = batch | {"targets": jnp.where(valid, batch["targets"], 1)}
+    first, second = loss_and_gradient(lab, batch), loss_and_gradient(lab, other)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_batch_of_padding_alone_has_loss_and_gradient_zero(lab):
+    batch = lab_lib.padded_batch()
+    nothing = {key: jnp.zeros_like(value) if "segmentation" in key else value for key, value in batch.items()}
+    metrics, grads = loss_and_gradient(lab, nothing)
+    assert float(metrics["learning/loss"]) == 0
+    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def test_no_gradient_reaches_the_teacher(lab):
+    batch, models = lab_lib.padded_batch(), lab.models
+    params, rest = lab.teacher.state.split(nnx.Param, ...)
+
+    def loss(params):
+        model = nnx.merge(models.student, lab.student.state).model
+        return step.distillation_loss(models, model, nnx.State.merge(params, rest), batch, is_train=True)[0]
+
+    with jax.set_mesh(lab.student.mesh), logical_axis_rules(models.config.logical_axis_rules):
+        grads = jax.jit(jax.grad(loss))(params)
+    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab):
+    before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(nnx.filter_state(lab.teacher.state, nnx.Param))]
+    steps = lab.steps()
+    state = jax.tree.map(jnp.copy, lab.student.state)
+    compilations = []
+    monitoring.register_event_duration_secs_listener(
+        lambda name, _seconds, **_kw: compilations.append(name) if "backend_compile" in name else None
+    )
+    for _ in range(3):
+        batch = lab.student.data_loader.load_next_batch()
+        with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
+            state, metrics = steps.train(state, batch)
+    assert float(metrics["scalar"]["learning/kd_loss"]) > 0
+    assert compilations == []
+    after = jax.tree.leaves(nnx.filter_state(lab.teacher.state, nnx.Param))
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_optimizer_holds_the_students_parameters_alone(lab):
+    student = nnx.merge(lab.student.graphdef, lab.student.state)
+    moments = [leaf.size for leaf in jax.tree.leaves(nnx.state(student.optimizer)) if leaf.size > 1]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(student.model, nnx.Param)))
+    assert sum(moments) == 2 * parameters  # Adam's two
+
+
+def test_the_teacher_runs_without_dropout(tmp_path, teacher, lab):
+    dropping = lab_lib.make(tmp_path, teacher, enable_dropout="true", dropout_rate=0.5)
+    batch = lab_lib.padded_batch()
+    metrics, _ = loss_and_gradient(dropping, batch)
+    calm, _ = loss_and_gradient(lab, batch)
+    assert float(metrics["learning/teacher_ce_loss"]) == float(calm["learning/teacher_ce_loss"])
+    assert float(metrics["learning/ce_loss"]) != float(calm["learning/ce_loss"])
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_add_up_to_the_whole_batch(tmp_path, teacher, lab, microbatches):
+    accumulating = lab_lib.make(
+        tmp_path,
+        teacher,
+        kd_alpha=0.7,
+        kd_temperature=2,
+        gradient_clipping_threshold=0,
+        gradient_accumulation_steps=microbatches,
+        per_device_batch_size=4 // microbatches,
+    )
+    batch = lab_lib.padded_batch()
+    whole, summed = loss_and_gradient(lab, batch), loss_and_gradient(accumulating, batch)
+    for name, value in whole[0].items():
+        assert float(summed[0][name]) == pytest.approx(float(value), rel=1e-5), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[1], summed[1])

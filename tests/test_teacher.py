@@ -1,0 +1,64 @@
+"""Laws of the teacher's checkpoint: what is found, what is restored, and that all of it is."""
+
+import jax
+import lab as lab_lib
+import numpy as np
+import pytest
+from flax import nnx
+from orbax.checkpoint.experimental import v1 as ocp
+
+from MaxText import teacher as teacher_lib
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_checkpoints_folder_means_its_newest_step(train, teacher):
+    train("teacher", steps=8, init_weights_seed=7)  # two steps more
+    assert teacher_lib.find_checkpoint(teacher).step == 7
+    assert teacher_lib.find_checkpoint(f"{teacher}/5/items").step == 5
+    assert teacher_lib.find_checkpoint(f"{teacher}/5").step == 5
+
+
+def test_the_restored_teacher_is_the_trained_one_bit_for_bit(tmp_path, teacher):
+    lab = lab_lib.make(tmp_path, f"{teacher}/5/items")
+    stored = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]["params"]
+    restored = nnx.filter_state(lab.teacher.state, nnx.Param).to_pure_dict()
+    jax.tree.map(np.testing.assert_array_equal, stored, restored)
+
+
+def test_a_parameters_only_checkpoint_is_the_same_teacher(tmp_path, teacher):
+    stored = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]
+    teacher_lib.upstream.checkpointing.save_params_to_path(str(tmp_path / "params_only"), stored)
+    first = lab_lib.make(tmp_path, f"{teacher}/5").teacher.state
+    second = lab_lib.make(tmp_path, str(tmp_path / "params_only" / "items")).teacher.state
+    leaves = [jax.tree.leaves(nnx.filter_state(state, nnx.Param)) for state in (first, second)]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+def test_the_teacher_is_held_as_asked(tmp_path, teacher, dtype):
+    state = nnx.filter_state(lab_lib.make(tmp_path, teacher, kd_teacher_dtype=dtype).teacher.state, nnx.Param)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {dtype or "float32"}
+
+
+@pytest.mark.parametrize("scan_layers", ["true", "false"])
+def test_router_biases_come_back_although_they_are_no_parameters(train, tmp_path, scan_layers):
+    name = f"deepseek_{scan_layers}"
+    run = train(name, model_name="tiny-deepseek", scan_layers=scan_layers, sparse_matmul="false", megablox="false")
+    lab = lab_lib.make(
+        tmp_path,
+        str(run.folder / "checkpoints"),
+        kd_teacher_model_name="tiny-deepseek",
+        sparse_matmul="false",
+        megablox="false",
+    )
+    biases = {
+        path: np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(lab.teacher.state)
+        if type(leaf).__name__ == "VariableState" or "bias" in path
+    }
+    stored = dict(nnx.traversals.flatten_mapping(ocp.load(run.folder / "checkpoints/5", checkpointable_name="items")))
+    found = {path[2:]: value for path, value in stored.items() if path[-1] == "bias" and path[0] == "nnx_aux"}
+    assert found and any(np.any(value) for value in found.values())
+    for path, value in found.items():
+        np.testing.assert_array_equal(biases[path], value)

@@ -1,0 +1,157 @@
+"""Laws of the trainer, seen from the command line: what a user types, and the rows it leaves."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMOKE, execute
+from orbax.checkpoint.experimental import v1 as ocp
+
+pytestmark = pytest.mark.e2e
+
+UPSTREAM = ("-m", "maxtext.trainers.pre_train.train")
+
+
+def test_without_kd_the_losses_are_upstreams(train, tmp_path):
+    ours = train("plain", eval_interval=3, eval_steps=2)
+    # Upstream's program, which knows neither our presets nor our keys: the preset is spelled out.
+    preset = dict(line.split(": ", 1) for line in yml_lines("MaxText/configs/models/tiny-llama.yml"))
+    settings = dict(line.split(": ", 1) for line in yml_lines("configs/smoke.yml"))
+    settings |= preset | {"model_name": "default", "run_name": "upstream", "base_config": "base.yml"}
+    settings |= {"base_output_directory": str(tmp_path), "metrics_file": str(tmp_path / "metrics.jsonl")}
+    config = tmp_path / "upstream.yml"
+    config.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    theirs = execute(list(UPSTREAM), [str(config)], tmp_path)
+    assert theirs.status == 0, theirs.output[-4000:]
+    assert len(theirs.rows()) == 6
+    np.testing.assert_allclose(ours.column("learning/loss"), theirs.column("learning/loss"), rtol=1e-6)
+    np.testing.assert_allclose(ours.column("learning/grad_norm"), theirs.column("learning/grad_norm"), rtol=1e-6)
+
+
+def test_alpha_zero_trains_as_without_kd_and_evaluates_against_the_teacher(train, teacher):
+    plain = train("plain_again")
+    zero = train(
+        "alpha_zero", use_kd="true", kd_alpha=0, kd_teacher_parameters_path=teacher, eval_interval=3, eval_steps=2
+    )
+    np.testing.assert_allclose(zero.column("learning/loss"), plain.column("learning/loss"), rtol=1e-5)
+    assert not any(key in row for row in zero.rows() for key in ("learning/kd_loss", "learning/teacher_ce_loss"))
+    assert all(row["evaluation/kl_t1"] > 0 and row["evaluation/teacher_ce_loss"] > 0 for row in zero.rows("evaluation/"))
+
+
+@pytest.fixture(scope="module")
+def kd_run(train, teacher):
+    return train(
+        "kd",
+        use_kd="true",
+        kd_teacher_parameters_path=teacher,
+        kd_alpha=0.7,
+        kd_temperature=2,
+        kd_top_k=8,
+        kd_truncation_strategy="other_bucket",
+        z_loss_multiplier=1e-3,
+        eval_interval=2,
+        eval_steps=2,
+        checkpoint_period=2,
+        max_num_checkpoints_to_keep=10,
+    )
+
+
+def test_the_loss_is_the_sum_of_its_logged_parts_at_every_step(kd_run):
+    rows = kd_run.rows()
+    assert [row["step"] for row in rows] == list(range(6))
+    for row in rows:
+        parts = 0.3 * row["learning/ce_loss"] + 0.7 * row["learning/kd_loss"] + row["learning/z_loss"]
+        assert row["learning/loss"] == pytest.approx(parts, rel=1e-5)
+        assert row["learning/z_loss"] > 0 and 0 < row["learning/kd_kept_mass"] < 1
+
+
+def test_each_evaluation_leaves_one_row_and_the_run_ends_with_one(kd_run):
+    rows = kd_run.rows("evaluation/")
+    assert [row["step"] for row in rows] == [0, 2, 4, 5]
+    for row in rows:
+        assert row["evaluation/total_weights"] == 2 * 4 * 32
+        assert row["evaluation/kl_t1"] > 0 and 0 <= row["evaluation/top1_agreement"] <= 1
+        assert row["evaluation/teacher_ce_loss"] > 0
+
+
+def test_the_student_learns_from_the_teacher(kd_run):
+    kl = kd_run.column("evaluation/kl_t1")
+    assert kl[-1] < kl[0]
+
+
+def test_the_console_says_what_is_trained_from_what_and_stays_quiet_otherwise(kd_run):
+    lines = kd_run.output.splitlines()
+    assert any(line.startswith(" teacher  tiny-llama") for line in lines)
+    assert any("0.3 CE + 0.7 T^2 KL" in line and "top 8 (other_bucket)" in line for line in lines)
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 6 and all(word in steps[-1] for word in ("ce", "kd", "lr", "tok/s", "TFLOP/s", "left"))
+    noise = [line for line in lines if line not in steps and not line.startswith((" ", "eval after", "checkpoints:"))]
+    assert noise == []
+
+
+def test_no_checkpoint_of_the_student_holds_the_teacher(kd_run, train):
+    def index(folder):
+        tree = ocp.metadata(folder / "checkpoints/5", checkpointable_name="items").metadata
+        return sorted(ocp_paths(tree))
+
+    assert index(kd_run.folder) == index(train("plain_third").folder)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_and_loses_no_row(kd_run, train, teacher, tmp_path):
+    keys = dict(use_kd="true", kd_teacher_parameters_path=teacher, eval_interval=2, eval_steps=2, checkpoint_period=2)
+    whole = train("whole", **keys)
+    train("broken", **keys, learning_rate_schedule_steps=6, steps=4)
+    again = train("broken", **keys, learning_rate_schedule_steps=6)
+    assert "(resumed)" in again.output
+    assert [row["step"] for row in again.rows()] == list(range(6))
+    np.testing.assert_allclose(again.column("learning/loss"), whole.column("learning/loss"), rtol=1e-6)
+
+
+def test_a_teacher_of_another_family_teaches(train, teacher):
+    other = train("qwen_teacher", model_name="tiny-qwen3", scan_layers="false")
+    student = train(
+        "student_of_qwen",
+        use_kd="true",
+        kd_teacher_model_name="tiny-qwen3",
+        kd_teacher_parameters_path=other.folder / "checkpoints/5/items",
+        kd_teacher_dtype="bfloat16",
+    )
+    assert " teacher  tiny-qwen3, 3 layers x 96" in student.output and "held in bfloat16" in student.output
+    assert np.all(np.isfinite(student.column("learning/kd_loss")))
+
+
+@pytest.mark.parametrize("strategy", ["renormalize", "other_bucket", "renormalize_teacher"])
+def test_a_student_restored_from_its_teacher_starts_at_kd_zero(train, teacher, strategy):
+    keys = dict(use_kd="true", kd_teacher_parameters_path=teacher, load_parameters_path=f"{teacher}/5/items", steps=1)
+    result = train(f"itself_{strategy}", **keys, kd_top_k=8, kd_truncation_strategy=strategy)
+    (row,) = result.rows()
+    if strategy == "renormalize_teacher":  # -log of the kept mass at each position; its mean is at least -log of the mean
+        assert row["learning/kd_loss"] >= -np.log(row["learning/kd_kept_mass"]) - 1e-5
+    else:
+        assert abs(row["learning/kd_loss"]) < 1e-5
+    assert row["learning/ce_loss"] == pytest.approx(row["learning/teacher_ce_loss"], rel=1e-5)
+
+
+def test_layouts_agree_with_one_device(train, teacher):
+    keys = dict(use_kd="true", kd_teacher_parameters_path=teacher, kd_top_k=8)
+    one = train("one_device", **keys)
+    fsdp = train("fsdp", devices=4, per_device_batch_size=1, ici_fsdp_parallelism=4, **keys)
+    both = train(
+        "fsdp_tensor", devices=4, per_device_batch_size=1, ici_fsdp_parallelism=2, ici_tensor_parallelism=2, **keys
+    )
+    for other in (fsdp, both):
+        for name in ("learning/loss", "learning/kd_loss", "learning/ce_loss"):
+            np.testing.assert_allclose(other.column(name), one.column(name), rtol=5e-4)
+
+
+def yml_lines(path):
+    return [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+
+
+def ocp_paths(tree):
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return [(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in leaves]

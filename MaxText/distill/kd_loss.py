@@ -77,10 +77,13 @@ def _log_mass(part: _LogSum, whole: _LogSum, temperature) -> Float[Array, "*batc
 
 
 def _divergence(log_p, log_q, kept) -> Float[Array, "*batch"]:
-    """sum over `kept` of p (log p - log q), where p = 0 contributes 0 to the value and to the gradient."""
+    """sum over `kept` of p (log p - log q), where p = 0 contributes 0, whatever the logarithms are.
+
+    One mask is enough for a finite gradient here: what reaches log q through a term that is masked out is -p times 0.
+    """
     p = jnp.exp(log_p)
     counted = p > 0.0 if kept is None else kept & (p > 0.0)
-    return jnp.sum(jnp.where(counted, p * jnp.where(counted, log_p - log_q, 0.0), 0.0), axis=-1)
+    return jnp.sum(jnp.where(counted, p * (log_p - log_q), 0.0), axis=-1)
 
 
 def _kl_renormalize(student, teacher, kept, temperature) -> Float[Array, "*batch"]:

@@ -1,6 +1,6 @@
 """The teacher's kept set: the tokens of each position that the distillation loss looks at.
 
-# V vocabulary
+# n positions of a block, V vocabulary (or one device's shard of it)
 
 The order of tokens is that of the raw float32 logits, highest first, equal logits by lower token id. Softened and
 rounded probabilities would not do: they have ties that the logits do not have.
@@ -8,8 +8,12 @@ rounded probabilities would not do: they have ties that the logits do not have.
 Left out on purpose: top-k and top-p at once (the loss calls that an error), and any choice by the student's logits.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 
 def check_truncation(vocabulary: int, *, top_k: int, top_p: float) -> None:
@@ -62,3 +66,209 @@ def kept_set(
     # near 1 must be reached within the finite logits.
     crossed = prefix_sums >= top_p * prefix_sums[..., -1:]
     return rank <= jnp.argmax(crossed, axis=-1, keepdims=True)
+
+
+class Vocabulary(NamedTuple):
+    """The vocabulary's axis, the last one of logits: whole, or one shard of it per device along a mesh axis.
+
+    axis_name: the mesh axis that shards it, inside `jax.shard_map`, in order of token ids; None where it is whole.
+    """
+
+    axis_name: str | None = None
+
+    def size(self, logits: Float[Array, "n V"]) -> int:
+        return logits.shape[-1] * (1 if self.axis_name is None else jax.lax.axis_size(self.axis_name))
+
+    def first(self, logits: Float[Array, "n V"]) -> int | Int[Array, ""]:
+        """The token id of this device's first logit."""
+        return 0 if self.axis_name is None else logits.shape[-1] * jax.lax.axis_index(self.axis_name)
+
+    def sums(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
+        """The sum over all tokens of each of the arrays in the tree terms(ids, *logits); none of them is stored."""
+        partial = _reduce(terms, jnp.sum, jnp.add, self.first(logits[0]), logits)
+        return partial if self.axis_name is None else jax.lax.psum(partial, self.axis_name)
+
+    def maxima(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
+        """Likewise the largest values."""
+        partial = _reduce(terms, jnp.max, jnp.maximum, self.first(logits[0]), logits)
+        return partial if self.axis_name is None else jax.lax.pmax(partial, self.axis_name)
+
+    def ids(self, logits: Float[Array, "n V"]) -> Int[Array, "1 V"]:
+        return self.first(logits) + jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+
+    def at(self, logits: Float[Array, "n V"], token: Int[Array, "n 1"]) -> Float[Array, "n 1"]:
+        """The value at one token id per position."""
+        if self.axis_name is None:
+            return jnp.take_along_axis(logits, token, axis=-1)
+        local = token - self.first(logits)
+        is_here = (local >= 0) & (local < logits.shape[-1])
+        value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1)
+        return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axis_name)
+
+    def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+        """The k largest values and their token ids, in descending order, equal values by lower token id."""
+        values, ids = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+        if self.axis_name is None:
+            return values, ids
+        ids = ids + self.first(logits)
+        # Shards are gathered in order of token ids and top_k is stable, so that ties stay in order. k numbers per
+        # shard and position travel, not the vocabulary.
+        values, ids = (jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True) for x in (values, ids))
+        values, order = jax.lax.top_k(values, k)
+        return values, jnp.take_along_axis(ids, order, axis=-1)
+
+
+# Values of a chunk of the vocabulary that a CPU reduces at a time: a few such arrays stay in its cache.
+_CHUNK_VALUES = 1 << 20
+
+
+def _reduce(terms, reduce, combine, first_id, logits) -> PyTree[Float[Array, "n 1"]]:
+    """One visit of the vocabulary that reduces each of the arrays in the tree terms(ids, *logits).
+
+    Compilers for accelerators fuse the terms into one reduction of several outputs. XLA's for CPUs writes every
+    exponential that two reductions share as an array of [n, V]: there the visit goes chunk by chunk.
+    """
+
+    def whole(*chunk, start=0):
+        ids = first_id + start + jnp.arange(chunk[0].shape[-1], dtype=jnp.int32)[None]
+        return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
+
+    rows, vocabulary = logits[0].shape
+    size = max(128, _CHUNK_VALUES // rows)
+    if vocabulary <= size:
+        return whole(*logits)
+
+    def chunked(*logits):
+        rest = vocabulary % size or size
+
+        def visit(i, reduced):
+            start = rest + i * size
+            chunk = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in logits)
+            return jax.tree.map(combine, reduced, whole(*chunk, start=start))
+
+        return jax.lax.fori_loop(0, (vocabulary - rest) // size, visit, whole(*(x[:, :rest] for x in logits)))
+
+    return jax.lax.platform_dependent(*logits, cpu=chunked, default=whole)
+
+
+class KeptBound(NamedTuple):
+    """The kept set as its last member: its logit and its token id. Membership needs no sort, scatter or buffer."""
+
+    logit: Float[Array, "n 1"]
+    token: Int[Array, "n 1"]
+
+    def keeps(self, logits: Float[Array, "n V"], ids: Int[Array, "1 V"]) -> Bool[Array, "n V"]:
+        return (logits > self.logit) | ((logits == self.logit) & (ids <= self.token))
+
+
+def kept_bound(
+    logits: Float[Array, "n V"],
+    *,
+    temperature: float | Float[Array, ""],
+    top_k: int,
+    top_p: float,
+    vocabulary: Vocabulary,
+) -> KeptBound | None:
+    """`kept_set` without a sort of the vocabulary, or None where K is the whole vocabulary.
+
+    top_k is one `lax.top_k`. top_p is one of 256 where the nucleus of every position fits into it, else a bisection.
+
+    Args:
+        logits: float32. Of zeros the positive ones must not stand beside negative ones, which `lax.top_k` orders lower.
+        temperature, top_k, top_p: as for `kept_set`.
+        vocabulary: how the last axis is laid out.
+    """
+    if top_k in (0, vocabulary.size(logits)) and top_p in (0.0, 1.0):
+        return None
+    if top_k:
+        values, ids = vocabulary.top_k(logits, top_k)
+        return KeptBound(values[:, -1:], ids[:, -1:])
+    return _top_p_bound(logits, temperature, top_p, vocabulary)
+
+
+# A nucleus of language is mostly smaller than this, and one selection of so many costs no more than a few visits.
+_SMALL_NUCLEUS = 256
+
+
+def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBound:
+    values, ids = vocabulary.top_k(logits, min(_SMALL_NUCLEUS, vocabulary.size(logits)))
+    maximum = values[:, :1]
+
+    def weight(logits):
+        return jnp.exp((logits - maximum) / temperature)
+
+    goal = top_p * vocabulary.sums(lambda _, logits: weight(logits), logits)
+    crossed = jnp.cumsum(weight(values), axis=-1) >= goal
+    last = jnp.argmax(crossed, axis=-1, keepdims=True)
+    small = KeptBound(jnp.take_along_axis(values, last, axis=-1), jnp.take_along_axis(ids, last, axis=-1))
+    fits = crossed[:, -1:]
+
+    def large() -> KeptBound:
+        bound = _bisected_bound(logits, weight, goal, fits, values[:, -1:], vocabulary)
+        return jax.tree.map(lambda found, bisected: jnp.where(fits, found, bisected), small, bound)
+
+    return jax.lax.cond(jnp.all(fits), lambda: small, large)
+
+
+def _bisected_bound(logits, weight, goal, is_settled, upper, vocabulary: Vocabulary) -> KeptBound:
+    """The bound of the shortest prefix that weighs at least `goal`, which ends at `upper` or below it.
+
+    Positions that are settled are not searched; what they get has no meaning.
+    """
+
+    def reaches(key):
+        """Whether the tokens from this key upwards weigh enough."""
+
+        def mass(_, logits):
+            return jnp.where(_ordered_keys(logits) >= key, weight(logits), 0.0)
+
+        return vocabulary.sums(mass, logits) >= goal
+
+    above = _ordered_keys(upper) + 1
+    crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, jnp.zeros_like(above)), above))
+
+    def mass_and_ties(_, logits):
+        return jnp.where(logits > crossing, weight(logits), 0.0), jnp.where(logits == crossing, 1.0, 0.0)
+
+    mass_above, ties = vocabulary.sums(mass_and_ties, logits)
+    ties_needed = jnp.ceil((goal - mass_above) / weight(crossing))
+
+    def token_of_last_tie():
+        def lacks(token):
+            """Whether the ties below this token are too few: the largest such token is the last tie that is needed."""
+
+            def ties_below(ids, logits):
+                return jnp.where((logits == crossing) & (ids < token), 1.0, 0.0)
+
+            return vocabulary.sums(ties_below, logits) < ties_needed
+
+        low = jnp.zeros_like(above, dtype=jnp.int32)
+        return _largest(lacks, low, low + jnp.where(is_settled, 1, vocabulary.size(logits)))
+
+    every_token = jnp.full_like(above, vocabulary.size(logits), dtype=jnp.int32)
+    leaves_ties_out = jnp.any(~is_settled & (ties_needed < ties))
+    return KeptBound(crossing, jax.lax.cond(leaves_ties_out, token_of_last_tie, lambda: every_token))
+
+
+def _largest(holds: Callable, low, high):
+    """The largest integer in [low, high) at which `holds`: true at low, and once false, false ever after; per row."""
+
+    def halve(bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        found = holds(middle)
+        return jnp.where(found, middle, low), jnp.where(found, high, middle)
+
+    return jax.lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), halve, (low, high))[0]
+
+
+def _ordered_keys(logits: Float[Array, "n V"]) -> UInt32[Array, "n V"]:
+    """Unsigned integers in the order of the float32 logits. Signed ones would overflow when they are halved."""
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits < sign, bits | sign, ~bits)
+
+
+def _logit_of_key(keys: UInt32[Array, "n 1"]) -> Float[Array, "n 1"]:
+    sign = jnp.uint32(1 << 31)
+    return jax.lax.bitcast_convert_type(jnp.where(keys >= sign, keys ^ sign, ~keys), jnp.float32)

@@ -46,7 +46,7 @@ def with_makefile(folder: Path) -> Path:
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Puts a python3.12 on PATH that makes a .venv of itself, logs each installation and fails them where `broken` exists."""
+    """A python3.12 on PATH that makes a .venv of itself and logs installations; where `broken` exists they fail."""
     (tmp_path / "bin").mkdir()
     write_script(
         tmp_path / "bin/python3.12",

@@ -4,7 +4,7 @@
 
 Everything lies under runs/demo: the corpus, and for each run its checkpoints, metrics.jsonl and train.log; results.json
 and demo.png at the end. Each run is one `python MaxText/train.py ...` command, printed before it starts. A second call
-keeps the runs whose settings and corpus are unchanged and goes on with the one that was interrupted.
+keeps the runs whose settings, corpus and trainer are unchanged and goes on with the one that was interrupted.
 """
 
 import functools
@@ -76,10 +76,22 @@ SMALL_KD = student("small_kd", "student, KD", 1, SMALL)
 RUNS = (TEACHER, STUDENT_CE, STUDENT_KD, SMALL_CE, SMALL_KD)
 
 
-def fingerprint(run: Run, corpus: dict[str, Any]) -> str:
-    """Changes with whatever decides the outcome of `run`: its settings, the corpus and, for a student, the teacher."""
+def trainer_identity() -> str:
+    """Changes with the trainer's source: runs of two versions must never stand in one table."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "MaxText").rglob("*")):
+        if path.suffix in (".py", ".yml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(run: Run, sources: list[str]) -> str:
+    """Changes with whatever decides the outcome of `run`: its settings, `sources` and, for a student, the teacher.
+
+    `sources` are the identities of the corpus and of the trainer.
+    """
     settings = [run.settings] if run is TEACHER else [run.settings, TEACHER.settings]
-    return hashlib.sha256(json.dumps([settings, corpus["identity"]], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, sources], sort_keys=True).encode()).hexdigest()
 
 
 def read_metrics(run: Run) -> Rows:
@@ -116,10 +128,10 @@ def launch(run: Run, console: Console) -> int:
     return process.returncode
 
 
-def train(run: Run, corpus: dict[str, Any], console: Console) -> float:
+def train(run: Run, sources: list[str], console: Console) -> float:
     """Trains `run`, or goes on with it, or keeps it where it is finished. Returns its seconds, all calls together."""
     console.print(f"\n[bold]{run.name}[/]  $ {shlex.join(run.command)}")
-    state_path, identity = run.folder / "demo.json", fingerprint(run, corpus)
+    state_path, identity = run.folder / "demo.json", fingerprint(run, sources)
     state = json.loads(state_path.read_text()) if state_path.exists() else {}
     if state.get("fingerprint") != identity:
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -194,7 +206,10 @@ def main() -> None:
         f"{train_rows:,} rows from {corpus['train']['files']} files to train on, {small_rows} of them as small data; "
         f"{corpus['eval']['rows']} rows from {corpus['eval']['files']} other files to evaluate"
     )
-    seconds = {run.name: train(run, corpus, console) for run in RUNS}
+    sources = [corpus["identity"], trainer_identity()]
+    seconds = {run.name: train(run, sources, console) for run in RUNS}
+    if trainer_identity() != sources[1]:
+        sys.exit("MaxText/ was edited while the demo ran: its runs are not comparable; run it again")
 
     histories = {run.name: read_metrics(run) for run in RUNS}
     results = {name: summary(rows) for name, rows in histories.items()}

@@ -162,17 +162,31 @@ def test_half_a_row_at_the_end_of_the_metrics_is_not_read(monkeypatch: pytest.Mo
     assert demo.read_metrics(demo.TEACHER) == [{"step": 0}]
 
 
-def test_a_run_is_made_again_when_the_corpus_or_its_teacher_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_made_again_when_the_corpus_the_trainer_or_its_teacher_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fingerprints(identity: str) -> list[str]:
-        return [demo.fingerprint(run, {"identity": identity}) for run in demo.RUNS]
+        return [demo.fingerprint(run, [identity, "trainer"]) for run in demo.RUNS]
 
     first = fingerprints("one")
     assert len(set(first)) == len(demo.RUNS)
     assert fingerprints("one") == first
     assert not set(fingerprints("two")) & set(first)
+    assert not {demo.fingerprint(run, ["one", "another trainer"]) for run in demo.RUNS} & set(first)
     other = demo.Run("teacher", "teacher", "configs/demo/teacher.yml", ("steps=1",))
     monkeypatch.setattr(demo, "TEACHER", other)
     assert not set(fingerprints("one")[1:]) & set(first)
+
+
+def test_an_edit_of_the_trainer_changes_its_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (tmp_path / "MaxText/distill").mkdir(parents=True)
+    source = tmp_path / "MaxText/distill/loss.py"
+    source.write_text("SIGN = 1\n")
+    first = demo.trainer_identity()
+    assert demo.trainer_identity() == first
+    source.write_text("SIGN = -1\n")
+    assert demo.trainer_identity() != first
 
 
 def test_the_students_differ_in_what_they_learn_from_alone() -> None:

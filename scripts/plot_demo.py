@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from build_corpus import SMALL_ROWS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,6 +16,7 @@ def _draw(axes: Axes, histories: dict[str, History], prefix: str, metric: str) -
         rows = [row for row in histories[f"{prefix}_{kind}"] if metric in row]
         axes.plot([row["step"] for row in rows], [row[metric] for row in rows], color=color, marker=marker, label=label)
     axes.set_xlabel("training steps of the student")
+    axes.label_outer()
     axes.grid(alpha=0.3)
 
 
@@ -23,7 +25,12 @@ def plot(histories: dict[str, History], path: Path) -> None:
     teacher = [row["evaluation/ce_loss"] for row in histories["teacher"] if "evaluation/ce_loss" in row][-1]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex=True)
-    for column, (prefix, title) in enumerate({"student": "same rows", "small": "small data"}.items()):
+    for column, (prefix, title) in enumerate(
+        {
+            "student": "full data, the same rows for both",
+            "small": f"small data ({SMALL_ROWS} rows), the same for both",
+        }.items()
+    ):
         cross_entropy, divergence = grid[0][column], grid[1][column]
         cross_entropy.set_title(title)
         _draw(cross_entropy, histories, prefix, "evaluation/ce_loss")

@@ -211,7 +211,7 @@ def test_the_table_shows_what_was_measured() -> None:
     results = {run.name: demo.summary(metrics(0.5)) for run in demo.RUNS}
     columns = {column.header: list(column.cells) for column in demo.table("", results, demo.RUNS[:3]).columns}
     assert columns["CE"] == ["0.500"] * 3
-    assert columns["top-1 agreement"] == ["25.0%"] * 3
+    assert columns["agreement"] == ["25.0%"] * 3
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:

@@ -77,15 +77,16 @@ def blockwise_kd(
     truncation_strategy: str = "renormalize",
     block_size: int,
     evaluation: bool = False,
-    vocab_axis: str | None = None,
+    vocab_axis: str | tuple[str, ...] | None = None,
 ) -> tuple[Float[Array, ""], KDSums]:
     """Sum over valid tokens of CE, T^2 KL(teacher || student) and z-loss, blended, in nats, and the sums it is made of.
 
         objective_sum = (1 - alpha) ce_sum + alpha kd_sum + z_weight log_z_sq_sum
 
     Only objective_sum is differentiable, and only with respect to student_hidden and student_head. Inside
-    `jax.shard_map` each device walks its own tokens; heads that are replicated over the axes that shard the tokens
-    must be made varying by the caller (`jax.lax.pcast`): their gradient is then reduced once, after the walk.
+    `jax.shard_map` (with check_vma=True) each device walks its own tokens. No collective of a head's size stands in the
+    walk: the gradient of a head that is the same on several devices is added up once, after it. The caller adds up
+    objective_sum and the sums over the axes that shard the tokens.
 
     Args:
         student_hidden: what student_project takes, one row per token; any float type.
@@ -103,15 +104,15 @@ def blockwise_kd(
         top_k, top_p, truncation_strategy: as for `kd_loss.kl_divergence`. Static.
         block_size: tokens of a block. Memory is about three float32 arrays of [block_size, V], four with top_p. Static.
         evaluation: also take kl_t1_sum and agreement_sum. Static.
-        vocab_axis: mesh axis that shards the vocabulary, where each device's project functions give its own shard of
-            the logits, in order of token ids. Log-sum-exps and top-k are merged across it, and the gradient of the
-            hidden states is added up over it once, after the walk. The sums are the same on all of its devices.
+        vocab_axis: mesh axis, or axes, that shard the vocabulary, where each device's project functions give its own
+            shard of the logits, in order of token ids. Log-sum-exps and top-k are merged across it, and the gradient
+            of the hidden states is added up over it once, after the walk. The sums are the same on all its devices.
 
     Returns:
         objective_sum and KDSums, float32, to be divided by n after the last reduction.
 
     Raises:
-        ValueError: by `kd_loss.check_kd_arguments`, and for block_size < 1.
+        ValueError: by `kd_loss.check_kd_arguments`, for block_size < 1, and for a vocab_axis that shards no head.
     """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: expected at least 1 token")
@@ -123,16 +124,25 @@ def blockwise_kd(
         truncation_strategy=truncation_strategy,
         block_size=min(block_size, mask.shape[0]),
         evaluation=evaluation,
-        vocabulary=Vocabulary(vocab_axis),
+        vocabulary=Vocabulary((vocab_axis,) if isinstance(vocab_axis, str) else vocab_axis or ()),
     )
     _check(static, student_hidden, student_head, teacher_hidden, teacher_head, temperature)
     weights = _Weights(*(jnp.asarray(weight, jnp.float32) for weight in (alpha, temperature, z_weight)))
+    # A student's array that is the same on several devices gets the sum of their gradients. Without the marks jax would
+    # take that sum in every block; with them, once after the walk.
+    differ = _varying_axes((student_hidden, student_head, teacher_hidden, teacher_head, mask))
+    student_hidden, student_head = _varying(differ, (student_hidden, student_head))
     frozen = jax.lax.stop_gradient((teacher_hidden, teacher_head, targets, mask, weights))
     objective_sum, sums = _blockwise_kd(static, student_hidden, student_head, *frozen)
     return objective_sum, jax.lax.stop_gradient(sums)
 
 
 def _check(static, student_hidden, student_head, teacher_hidden, teacher_head, temperature):
+    axes = static.vocabulary.axes
+    if not _varying_axes((student_head, teacher_head)).issuperset(axes):
+        raise ValueError(
+            f"vocab_axis={axes}: expected axes of jax.shard_map(..., check_vma=True) along which the heads differ"
+        )
     student = jax.eval_shape(static.student_project, student_head, student_hidden[:1])
     teacher = jax.eval_shape(static.teacher_project, teacher_head, teacher_hidden[:1])
     check_kd_arguments(
@@ -193,21 +203,35 @@ def _walk(static, student_hidden, student_head, teacher_hidden, teacher_head, ta
             hidden_gradient = hidden_gradient.at[jnp.where(is_valid, rows, tokens)].set(hidden_rows, mode="drop")
         return sums, hidden_gradient, head_gradient
 
-    start = (
-        _zero_sums(static.evaluation),
-        jnp.zeros_like(student_hidden) if differentiate else None,
-        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), student_head) if differentiate else None,
-    )
+    # Inside `jax.shard_map` a loop's carry must be marked from the start as differing between devices where it will.
+    differ = _varying_axes((student_hidden, student_head, teacher_hidden, teacher_head, mask))
+    start = (_varying(differ - set(static.vocabulary.axes), _zero_sums(static.evaluation)), None, None)
+    if differentiate:
+        zero_head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), student_head)
+        start = (start[0], _varying(differ, jnp.zeros_like(student_hidden)), _varying(differ, zero_head))
     sums, hidden_gradient, head_gradient = jax.lax.fori_loop(0, -(-number // n), visit, start)
     objective_sum = (
         (1.0 - weights.alpha) * sums.ce_sum + weights.alpha * sums.kd_sum + weights.z_weight * sums.log_z_sq_sum
     )
     if not differentiate:
         return objective_sum, sums, None
-    if static.vocabulary.axis_name is not None:
-        hidden_gradient = jax.lax.psum(hidden_gradient, static.vocabulary.axis_name)
     head_gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), head_gradient, student_head)
     return objective_sum, sums, (hidden_gradient, head_gradient)
+
+
+def _varying_axes(tree: PyTree) -> frozenset[str]:
+    """The axes of the surrounding `jax.shard_map` along which any of the arrays differs."""
+    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
+
+
+def _varying(axes: frozenset[str], tree: PyTree) -> PyTree:
+    """The same arrays, marked as differing along these axes. The gradient of the mark is a sum over them."""
+
+    def mark(leaf):
+        missing = tuple(axes - jax.typeof(leaf).mat.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)
 
 
 def _zero_sums(evaluation: bool) -> KDSums:
@@ -330,10 +354,13 @@ def _block(
         n=jnp.ones_like(kl),
     )
     if static.evaluation:
+        below_every_id = -vocabulary.size(teacher)
 
         def first_largest(ids, student, teacher):
-            last = -vocabulary.size(teacher)
-            return jnp.where(student == maxima.student, -ids, last), jnp.where(teacher == maxima.teacher, -ids, last)
+            return (
+                jnp.where(student == maxima.student, -ids, below_every_id),
+                jnp.where(teacher == maxima.teacher, -ids, below_every_id),
+            )
 
         top_student, top_teacher = vocabulary.maxima(first_largest, student, teacher)
         sums = sums._replace(

@@ -71,55 +71,55 @@ def kept_set(
 class Vocabulary(NamedTuple):
     """The vocabulary's axis, the last one of logits: whole, or one shard of it per device along a mesh axis.
 
-    axis_name: the mesh axis that shards it, inside `jax.shard_map`, in order of token ids; None where it is whole.
+    axes: the mesh axes that shard it inside `jax.shard_map`, in order of token ids; none where it is whole.
     """
 
-    axis_name: str | None = None
+    axes: tuple[str, ...] = ()
 
     def size(self, logits: Float[Array, "n V"]) -> int:
-        return logits.shape[-1] * (1 if self.axis_name is None else jax.lax.axis_size(self.axis_name))
+        return logits.shape[-1] * (jax.lax.axis_size(self.axes) if self.axes else 1)
 
     def first(self, logits: Float[Array, "n V"]) -> int | Int[Array, ""]:
         """The token id of this device's first logit."""
-        return 0 if self.axis_name is None else logits.shape[-1] * jax.lax.axis_index(self.axis_name)
+        return logits.shape[-1] * jax.lax.axis_index(self.axes) if self.axes else 0
 
     def sums(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
         """The sum over all tokens of each of the arrays in the tree terms(ids, *logits); none of them is stored."""
         partial = _reduce(terms, jnp.sum, jnp.add, self.first(logits[0]), logits)
-        return partial if self.axis_name is None else jax.lax.psum(partial, self.axis_name)
+        return jax.lax.psum(partial, self.axes) if self.axes else partial
 
     def maxima(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
         """Likewise the largest values."""
         partial = _reduce(terms, jnp.max, jnp.maximum, self.first(logits[0]), logits)
-        return partial if self.axis_name is None else jax.lax.pmax(partial, self.axis_name)
+        return jax.lax.pmax(partial, self.axes) if self.axes else partial
 
     def ids(self, logits: Float[Array, "n V"]) -> Int[Array, "1 V"]:
         return self.first(logits) + jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
 
     def at(self, logits: Float[Array, "n V"], token: Int[Array, "n 1"]) -> Float[Array, "n 1"]:
         """The value at one token id per position."""
-        if self.axis_name is None:
+        if not self.axes:
             return jnp.take_along_axis(logits, token, axis=-1)
         local = token - self.first(logits)
         is_here = (local >= 0) & (local < logits.shape[-1])
         value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1)
-        return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axis_name)
+        return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axes)
 
     def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The k largest values and their token ids, in descending order, equal values by lower token id."""
         values, ids = jax.lax.top_k(logits, min(k, logits.shape[-1]))
-        if self.axis_name is None:
+        if not self.axes:
             return values, ids
         ids = ids + self.first(logits)
         # Shards are gathered in order of token ids and top_k is stable, so that ties stay in order. k numbers per
         # shard and position travel, not the vocabulary.
-        values, ids = (jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True) for x in (values, ids))
+        values, ids = (jax.lax.all_gather(x, self.axes, axis=1, tiled=True, to="invarying") for x in (values, ids))
         values, order = jax.lax.top_k(values, k)
         return values, jnp.take_along_axis(ids, order, axis=-1)
 
 
 # Values of a chunk of the vocabulary that a CPU reduces at a time: a few such arrays stay in its cache.
-_CHUNK_VALUES = 1 << 20
+_CHUNK_VALUES = 1 << 18
 
 
 def _reduce(terms, reduce, combine, first_id, logits) -> PyTree[Float[Array, "n 1"]]:

@@ -135,7 +135,12 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         scalars = metrics["scalar"]
         parts = [f"eval after step {step}: ce {scalars['evaluation/ce_loss']:.4f}"]
         parts.append(f"perplexity {scalars['evaluation/perplexity']:.2f}")
-        shown = (("kd", "kd_loss"), ("kl(T=1)", "kl_t1"), ("agreement", "top1_agreement"), ("teacher ce", "teacher_ce_loss"))
+        shown = (
+            ("kd", "kd_loss"),
+            ("kl(T=1)", "kl_t1"),
+            ("agreement", "top1_agreement"),
+            ("teacher ce", "teacher_ce_loss"),
+        )
         parts += [f"{title} {scalars[f'evaluation/{n}']:.4f}" for title, n in shown if f"evaluation/{n}" in scalars]
         if self.config.mtp_eval_target_module > 0:
             parts.append(f"mtp acceptance {scalars['eval/avg_mtp_acceptance_rate_percent']:.1f}%")

@@ -30,6 +30,7 @@ REFUSED_WITH_KD: dict[str, tuple] = {
     "moe_dropless_fallback": ("none", "layer", "", None),
     "optimizer_memory_host_offload": (False,),
     "parameter_memory_host_offload": (False,),
+    "shard_mode": ("auto",),
     "te_moe_block": (False,),
     "training_objective": ("causal_lm",),
     "use_dpo": (False,),
@@ -57,6 +58,7 @@ class KDKeys(pydantic.BaseModel):
     kd_teacher_model_name: str
     kd_teacher_overrides: dict[str, Any]
     kd_teacher_dtype: Literal["", "bfloat16", "float16", "float32"]
+    kd_block_mib: int = pydantic.Field(gt=0)
 
 
 class Distillation(KDKeys, frozen=True, extra="forbid"):
@@ -189,7 +191,7 @@ def resolved_keys(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dic
         everything = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.merge(base, user), resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-    return {str(key): everything[key] for key in user}  # type: ignore[index,call-overload]
+    return {str(key): everything[key] for key in user}
 
 
 def environment_keys(schema: type[pydantic.BaseModel]) -> dict[str, str]:
@@ -352,8 +354,8 @@ def check_fit(run: Run, teacher: Any) -> None:
     if teacher.vocab_size != student.vocab_size:
         raise ConfigError(
             f"kd_teacher_model_name={run.kd.kd_teacher_model_name!r}: the teacher's vocab_size is "
-            f"{teacher.vocab_size}, the student's {student.vocab_size}; both must share one vocabulary (set vocab_size, "
-            f"or kd_teacher_overrides='{{vocab_size: {student.vocab_size}}}')"
+            f"{teacher.vocab_size}, the student's {student.vocab_size}; both must share one vocabulary (set "
+            f"vocab_size, or kd_teacher_overrides='{{vocab_size: {student.vocab_size}}}')"
         )
     laid_out = ("mesh_axes", "ici_parallelism", "dcn_parallelism", "max_target_length", "micro_batch_size_to_train_on",
                 "context_parallel_load_balance", "shard_mode", "num_slices")  # fmt: skip

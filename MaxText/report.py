@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from MaxText import pyconfig, upstream
+from MaxText import pyconfig
 
 
 def say(line: str) -> None:

@@ -5,8 +5,6 @@ refused by name in pyconfig.py. Sums and counts leave the loss; they are divided
 Left out on purpose: use_kd=false, which runs upstream's own step.
 """
 
-# B batch, L positions, V vocabulary
-
 import dataclasses
 from typing import Any
 
@@ -14,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from MaxText import upstream
-from MaxText.distill import kd_loss
+from MaxText import heads, upstream
 from MaxText.pyconfig import Distillation
 
 Batch = dict[str, jax.Array]
@@ -32,6 +29,9 @@ class Models:
       teacher_config: MaxText's configuration of the teacher.
       teacher: graph of the teacher.
       kd: the distillation settings.
+      mesh: the run's mesh.
+
+    Both models end in hidden states (`heads.ends_in_hidden_states`): neither's logits [B, L, V] ever exist.
     """
 
     config: Any
@@ -39,6 +39,7 @@ class Models:
     teacher_config: Any
     teacher: nnx.GraphDef
     kd: Distillation
+    mesh: jax.sharding.Mesh
 
 
 def train_step(
@@ -97,9 +98,7 @@ def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch
     sums = aux["sums"]
     scalars = {f"evaluation/{name}": value for name, value in sums.items()}
     if models.config.mtp_eval_target_module > 0:
-        rate = upstream.multi_token_prediction.calculate_mtp_acceptance_rate(
-            aux["intermediate_outputs"], models.config
-        )
+        rate = upstream.multi_token_prediction.calculate_mtp_acceptance_rate(aux["intermediate_outputs"], models.config)
         scalars["evaluation/mtp_acceptance_rate_percent"] = rate
     return {"scalar": scalars}
 
@@ -119,32 +118,33 @@ def distillation_loss(
     config, kd = models.config, models.kd
     rows = config.micro_batch_size_to_train_on if is_train else config.micro_batch_size_to_eval_on
     data = {key: value[:rows] for key, value in data.items()}  # per_device_batch_size < 1 loads more than it trains on
-    student_logits, reported = forward(model, config, data, enable_dropout=config.enable_dropout and is_train)
+    dropout = config.enable_dropout and is_train
+    reported = forward(model, config, data, dropout)
     teacher_model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
-    teacher_logits, _ = forward(teacher_model, models.teacher_config, data, enable_dropout=False)
+    teacher_reported = forward(teacher_model, models.teacher_config, data, enable_dropout=False)
+    if not is_train and config.mtp_eval_target_module > 0:
+        # The acceptance rate compares MTP's heads with the model's own, on logits as dense as MTP's.
+        (last,) = reported["decoder"]["hidden_states"]
+        reported["logits"] = model.logits_from_hidden_states_for_vocab_tiling(last, True, "train")
 
-    parts = kd_loss.kd_sums(
-        student_logits,
-        teacher_logits,
+    hidden = heads.normed_hidden_states(model, reported, dropout)
+    teacher_hidden = heads.normed_hidden_states(teacher_model, teacher_reported, enable_dropout=False)
+    objective, parts = heads.kd_objective(
+        models.mesh,
+        kd,
+        (config, heads.head_of(model, config), hidden),
+        (models.teacher_config, heads.head_of(teacher_model, models.teacher_config), teacher_hidden),
         data["targets"],
         data["targets_segmentation"] != 0,
-        temperature=kd.kd_temperature,
-        top_k=kd.kd_top_k,
-        top_p=kd.kd_top_p,
-        truncation_strategy=kd.kd_truncation_strategy,
+        z_weight=config.z_loss_multiplier,
         evaluation=not is_train,
     )
-    z_loss_sum = config.z_loss_multiplier * parts.log_z_sq_sum
-    objective = (1 - kd.kd_alpha) * parts.ce_sum + kd.kd_alpha * parts.kd_sum + z_loss_sum
     n = parts.n
     moe_lb_loss, mtp_loss = auxiliary_losses(config, reported, is_train)
     objective = objective + n * (moe_lb_loss + mtp_loss)
-    if not is_train and config.mtp_eval_target_module > 0:
-        reported["logits"] = student_logits  # the acceptance rate compares MTP's heads with the model's own
-
     aux = {
         "sums": {name: value for name, value in parts._asdict().items() if value is not None}
-        | {"objective": objective, "z_loss_sum": z_loss_sum}
+        | {"objective": objective, "z_loss_sum": config.z_loss_multiplier * parts.log_z_sq_sum}
         | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss},
         "intermediate_outputs": reported,
         "xent_sum": objective,
@@ -157,10 +157,10 @@ def distillation_loss(
     return (objective if summed else objective / jnp.maximum(n, 1)), aux
 
 
-def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -> tuple[jax.Array, dict[str, Any]]:
-    """Logits [B, L, V] of a model, and what its layers reported on the way (upstream calls them intermediates)."""
+def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -> dict[str, Any]:
+    """Runs a model and returns what its layers reported (upstream: intermediates), the last hidden states among it."""
     extra = {key: data[key] for key in ("forced_routed_experts",) if key in data}
-    logits = model(
+    model(
         decoder_input_tokens=data["inputs"],
         decoder_positions=data["inputs_position"],
         decoder_segment_ids=data["inputs_segmentation"],
@@ -177,7 +177,7 @@ def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -
             "mtp_acceptance": nnx.pop(model, heads.mtp_acceptance).to_pure_dict(),
         }
     reported = nnx.pop(model, nnx.Intermediate).to_pure_dict()
-    return logits, upstream.moe.finalize_deferred_intermediates(reported, config) | mtp
+    return upstream.moe.finalize_deferred_intermediates(reported, config) | mtp
 
 
 def auxiliary_losses(config: Any, reported: dict[str, Any], is_train: bool) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.experimental import v1 as ocp
 
-from MaxText import upstream
+from MaxText import heads, upstream
 from MaxText.pyconfig import ConfigError
 
 Path = tuple[str, ...]
@@ -152,7 +152,7 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
     state = nnx.State.merge(stored, streams)
     return Teacher(
         config=config,
-        graphdef=graphdef,
+        graphdef=heads.ends_in_hidden_states(graphdef, state),
         state=state,
         shardings=jax.tree.map(lambda x: x.sharding, state),
         checkpoint=checkpoint,

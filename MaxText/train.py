@@ -23,8 +23,8 @@ from flax.core.spmd import logical_axis_rules
 from MaxText import pyconfig, upstream
 
 with epy.lazy_imports():
+    from MaxText import heads, report, step
     from MaxText import metrics as metrics_lib
-    from MaxText import report, step
     from MaxText import teacher as teacher_lib
 
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
     config, kd = run.student, run.kd
     for warning in kd.warnings():
         report.say(f"warning: {warning}")
-    checkpoint = teacher_config = None
+    checkpoint: Any = None
+    teacher_config: Any = None
     if kd.use_kd:
         checkpoint = teacher_lib.find_checkpoint(kd.kd_teacher_parameters_path)
         teacher_config = pyconfig.teacher_config(run, checkpoint.scan_layers)
@@ -158,10 +159,12 @@ def compile_steps(config: Any, kd: pyconfig.Distillation, student: Student, teac
         student.eval_data_iterator,
         student.params_shardings,
     )
-    train_step, train_arguments = plain_train, ()
-    evaluate, eval_arguments = plain_eval, ()
+    train_arguments: tuple[Any, ...] = ()
+    eval_arguments: tuple[Any, ...] = ()
+    train_step, evaluate = plain_train, plain_eval
     if kd.use_kd:
-        models = step.Models(config, student.graphdef, teacher.config, teacher.graphdef, kd)
+        graphdef = heads.ends_in_hidden_states(student.graphdef, student.state)
+        models = step.Models(config, graphdef, teacher.config, teacher.graphdef, kd, student.mesh)
         if kd.teacher_in_step:
             train_step, train_arguments = jit_train_step(models, student, teacher, data), (teacher.state,)
         if student.eval_data_iterator:
@@ -194,7 +197,7 @@ def jit_train_step(models: "step.Models", student: Student, teacher: Any, data_s
 
 
 def jit_eval_step(models: "step.Models", student: Student, teacher: Any, data_sharding: Any) -> Any:
-    graphdef = upstream.pre_train.build_eval_graphdef(models.config, student.graphdef, student.state)
+    graphdef = upstream.pre_train.build_eval_graphdef(models.config, models.student, student.state)
     return jax.jit(
         functools.partial(step.eval_step, dataclasses.replace(models, student=graphdef or models.student)),
         in_shardings=(student.state_shardings, teacher.shardings, data_sharding),
@@ -259,6 +262,7 @@ def evaluate(config: Any, student: Student, steps: Steps, state: nnx.State, logg
     """Hands the sums of every evaluation batch to the logger, which divides them once."""
     if hasattr(student.eval_data_iterator, "reset"):
         student.eval_data_iterator.reset()
+    assert steps.evaluate is not None
     logger.reset_eval_metrics()
     started = datetime.datetime.now()
     for count, batch in enumerate(student.eval_data_iterator, start=1):

@@ -5,6 +5,8 @@ some ten seconds to import, so its modules are imported when first touched: a mi
 Left out on purpose: everything that is a choice of this project (losses, teacher, metrics, loop).
 """
 
+# ruff: noqa: F401  the modules are here for others to reach
+
 import contextlib
 import logging
 import os
@@ -27,7 +29,7 @@ with epy.lazy_imports():
     from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler
     from maxtext.configs import pyconfig, types
     from maxtext.input_pipeline import input_pipeline_interface
-    from maxtext.layers import moe, multi_token_prediction
+    from maxtext.layers import embeddings, moe, multi_token_prediction
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
         exceptions,
@@ -41,6 +43,7 @@ with epy.lazy_imports():
         sharding,
         train_utils,
     )
+
 
 def prepare_runtime() -> None:
     """What upstream's `train.initialize` sets before the configuration is resolved and a device is touched."""
@@ -73,6 +76,14 @@ def resolve_config(
     with mock.patch.object(pyconfig, "_load_config", lambda _: base.copy()):
         resolved = pyconfig._initialize_pydantic(["", anchor, *arguments], config_class=config_class, **overrides)
     return pyconfig.HyperParameters(resolved)
+
+
+def with_vocab_tiling(config: Any) -> Any:
+    """The same settings, under which a decoder reports its last hidden states instead of projecting them.
+
+    Any number above 1 does; upstream tiles by it, this project's loss does not read it.
+    """
+    return pyconfig.HyperParameters(config._pydantic_config.model_copy(update={"num_vocab_tiling": 2}))
 
 
 def preset_folders() -> list[str]:
@@ -198,10 +209,6 @@ def dump_hlo_once(config: Any, start_step: int, step: int, state: Any) -> None:
     import jax
 
     jax.block_until_ready(state)
-    gcs_utils.upload_dump(
-        config.dump_hlo_local_dir,
-        config.dump_hlo_gcs_dir,
-        module_name=config.dump_hlo_module_name,
-        delete_local_after=config.dump_hlo_delete_local_after,
-        all_host_upload=config.dump_hlo_upload_all,
-    )
+    where = {"local_dir": config.dump_hlo_local_dir, "target_dir": config.dump_hlo_gcs_dir}
+    how = {"delete_local_after": config.dump_hlo_delete_local_after, "all_host_upload": config.dump_hlo_upload_all}
+    gcs_utils.upload_dump(**where, **how, module_name=config.dump_hlo_module_name)

@@ -1,4 +1,4 @@
-"""Runs of the trainer that tests share. A run is `python MaxText/train.py configs/smoke.yml key=value ...`, as typed."""
+"""Runs of the trainer that tests share: `python MaxText/train.py configs/smoke.yml key=value ...`, as typed."""
 
 import json
 import os

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from conftest import SMOKE
 
-from MaxText import pyconfig, step, train, upstream
+from MaxText import heads, pyconfig, step, train, upstream
 from MaxText import teacher as teacher_lib
 
 
@@ -21,9 +21,9 @@ class Lab:
 
     @property
     def models(self) -> step.Models:
-        return step.Models(
-            self.run.student, self.student.graphdef, self.teacher.config, self.teacher.graphdef, self.run.kd
-        )
+        graphdef = heads.ends_in_hidden_states(self.student.graphdef, self.student.state)
+        config, kd, mesh = self.run.student, self.run.kd, self.student.mesh
+        return step.Models(config, graphdef, self.teacher.config, self.teacher.graphdef, kd, mesh)
 
     def steps(self) -> train.Steps:
         return train.compile_steps(self.run.student, self.run.kd, self.student, self.teacher)

@@ -44,8 +44,10 @@ def loss_and_gradient(lab, batch, **kd):
         return jax.jit(run)(lab.student.state, lab.teacher.state, batch)
 
 
-def logits_of(graphdef, state, config, batch):
-    return step.forward(nnx.merge(graphdef, state, copy=True), config, batch, enable_dropout=False)[0]
+def logits_of(model, config, batch):
+    """Dense logits through upstream's own output head."""
+    (hidden,) = step.forward(model, config, batch, enable_dropout=False)["decoder"]["hidden_states"]
+    return model.logits_from_hidden_states_for_vocab_tiling(hidden, True, "train")
 
 
 def test_the_gradient_is_that_of_the_blend_over_valid_positions(lab):
@@ -55,8 +57,8 @@ def test_the_gradient_is_that_of_the_blend_over_valid_positions(lab):
 
     def plain(params, rest, teacher):  # the definition, without anything of ours
         model = nnx.merge(graphdef, params, rest, copy=True)
-        student = step.forward(model, models.config, batch, enable_dropout=False)[0]
-        target = logits_of(models.teacher, teacher, models.teacher_config, batch)
+        student = logits_of(model, models.config, batch)
+        target = logits_of(nnx.merge(models.teacher, teacher, copy=True), models.teacher_config, batch)
         ce = -jnp.take_along_axis(jax.nn.log_softmax(student), batch["targets"][..., None], -1)[..., 0]
         p, q = jax.nn.log_softmax(target / temperature), jax.nn.log_softmax(student / temperature)
         kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)

@@ -1,12 +1,8 @@
 """Laws of the trainer, seen from the command line: what a user types, and the rows it leaves."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT, SMOKE, execute
+from conftest import ROOT, execute
 from orbax.checkpoint.experimental import v1 as ocp
 
 pytestmark = pytest.mark.e2e
@@ -37,7 +33,9 @@ def test_alpha_zero_trains_as_without_kd_and_evaluates_against_the_teacher(train
     )
     np.testing.assert_allclose(zero.column("learning/loss"), plain.column("learning/loss"), rtol=1e-5)
     assert not any(key in row for row in zero.rows() for key in ("learning/kd_loss", "learning/teacher_ce_loss"))
-    assert all(row["evaluation/kl_t1"] > 0 and row["evaluation/teacher_ce_loss"] > 0 for row in zero.rows("evaluation/"))
+    assert all(
+        row["evaluation/kl_t1"] > 0 and row["evaluation/teacher_ce_loss"] > 0 for row in zero.rows("evaluation/")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +125,9 @@ def test_a_student_restored_from_its_teacher_starts_at_kd_zero(train, teacher, s
     keys = dict(use_kd="true", kd_teacher_parameters_path=teacher, load_parameters_path=f"{teacher}/5/items", steps=1)
     result = train(f"itself_{strategy}", **keys, kd_top_k=8, kd_truncation_strategy=strategy)
     (row,) = result.rows()
-    if strategy == "renormalize_teacher":  # -log of the kept mass at each position; its mean is at least -log of the mean
+    if (
+        strategy == "renormalize_teacher"
+    ):  # -log of the kept mass at each position; its mean is at least -log of the mean
         assert row["learning/kd_loss"] >= -np.log(row["learning/kd_kept_mass"]) - 1e-5
     else:
         assert abs(row["learning/kd_loss"]) < 1e-5

@@ -1,13 +1,23 @@
 """The laws of the teacher's kept set."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 
-from MaxText.distill.truncation import kept_set
+from MaxText.distill import truncation
+from MaxText.distill.truncation import Vocabulary, kept_bound, kept_set
 
 TEMPERATURES = (0.5, 1.0, 2.0, 3.0)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "top_p"))
+def kept_by_bound(logits, temperature, *, top_k=0, top_p=0.0):
+    bound = kept_bound(logits, temperature=temperature, top_k=top_k, top_p=top_p, vocabulary=Vocabulary())
+    return bound.keeps(logits, Vocabulary().ids(logits))
 
 
 @pytest.mark.parametrize("top_k", range(1, 25))
@@ -59,9 +69,9 @@ def test_logits_that_soften_to_equal_probabilities_keep_their_order():
 def test_bfloat16_logits_are_ordered_as_their_float32_values():
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((50, 300)), jnp.bfloat16)
     widened = np.asarray(logits.astype(jnp.float32))
-    for truncation in ({"top_k": 40, "top_p": 0.0}, {"top_k": 0, "top_p": 0.6}):
-        kept = np.asarray(kept_set(logits, temperature=2.0, **truncation))
-        np.testing.assert_array_equal(kept, reference.kept_set(widened, temperature=2.0, **truncation))
+    for keep in ({"top_k": 40, "top_p": 0.0}, {"top_k": 0, "top_p": 0.6}):
+        kept = np.asarray(kept_set(logits, temperature=2.0, **keep))
+        np.testing.assert_array_equal(kept, reference.kept_set(widened, temperature=2.0, **keep))
 
 
 def test_tokens_that_the_teacher_does_not_have_are_kept_last():
@@ -76,6 +86,53 @@ def test_nothing_is_truncated_where_both_are_off_or_keep_all():
     logits = jnp.asarray([-jnp.inf, 1.0, 2.0])
     for top_k, top_p in ((0, 0.0), (0, 1.0), (3, 0.0)):
         assert kept_set(logits, temperature=1.0, top_k=top_k, top_p=top_p) is None
+
+
+def logits_with_ties(positions, vocabulary):
+    """From all equal to all different, some of them -inf."""
+    rng = np.random.default_rng(9)
+    levels = 2.0 ** np.linspace(0, 12, positions)[:, None]
+    logits = np.round(rng.standard_normal((positions, vocabulary)) * levels) / levels + 0.0
+    return np.where(rng.uniform(size=logits.shape) < 0.1, -np.inf, logits).astype(np.float32)
+
+
+@pytest.mark.parametrize("top_k", (1, 2, 30, 700, 1999))
+def test_the_bound_of_top_k_is_the_kept_set(top_k):
+    _, teacher = reference.logits_of_every_scale(10, 40, 2000)
+    for logits in (teacher, logits_with_ties(40, 2000)):
+        kept = kept_by_bound(logits, 1.0, top_k=top_k)
+        np.testing.assert_array_equal(kept, reference.kept_set(logits, temperature=1.0, top_k=top_k))
+
+
+@pytest.mark.parametrize("top_p", (0.01, 0.3, 0.9, 0.999))
+def test_the_bound_of_top_p_is_the_kept_set(top_p, monkeypatch):
+    # Five chunks, the first one shorter: what a large vocabulary gets.
+    monkeypatch.setattr(truncation, "_CHUNK_VALUES", 40 * 400)
+    _, teacher = reference.logits_of_every_scale(11, 40, 1900)
+    for logits in (teacher, logits_with_ties(40, 1900)):
+        for temperature in TEMPERATURES:
+            kept = np.asarray(kept_by_bound(logits, temperature, top_p=top_p))
+            assert reference.is_nucleus(kept, logits, temperature=temperature, top_p=top_p).all()
+            assert not kept[np.isinf(logits)].any()
+
+
+def test_a_nucleus_that_ends_among_ties_keeps_those_of_the_lowest_ids():
+    # 599 equal tokens of mass 1 / 600 beside one of mass 1: 0.7501 of the whole needs the first 300 of them.
+    logits = np.full((2, 1000), -np.inf, np.float32)
+    logits[:, 1:1000:2] = -np.log(600.0)
+    logits[:, 0:200:2] = -np.log(600.0)
+    logits[:, 999] = 0.0
+    kept = np.asarray(kept_by_bound(logits, 1.0, top_p=0.7501))
+    tied = np.flatnonzero(logits[0] == logits[0, 0])
+    assert np.flatnonzero(kept[0]).tolist() == [*tied[:300], 999]
+    np.testing.assert_array_equal(kept[1], kept[0])
+
+
+def test_the_key_of_a_logit_keeps_order_and_value():
+    logits = jnp.asarray([-jnp.inf, -3e38, -1.0, -1e-30, 0.0, 1e-30, 1.0, 1.0000001, 3e38, jnp.inf], jnp.float32)
+    keys = truncation._ordered_keys(logits)
+    assert (keys[1:] > keys[:-1]).all()
+    np.testing.assert_array_equal(truncation._logit_of_key(keys), logits)
 
 
 @pytest.mark.parametrize(

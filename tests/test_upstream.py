@@ -48,8 +48,8 @@ def test_gradient_accumulation_reads_the_keys_that_our_loss_gives():
 @pytest.mark.e2e
 def test_the_logger_has_the_hooks_that_ours_overrides():
     logger = upstream.metric_logger.MetricLogger
-    for name in ("write_metrics", "write_metrics_locally", "write_setup_info_to_tensorboard", "_accumulate_eval_metrics",
-                 "_finalize_eval_metrics", "_log_training_metrics", "_log_eval_metrics"):  # fmt: skip
+    for name in ("write_metrics", "write_metrics_locally", "write_setup_info_to_tensorboard", "_log_eval_metrics",
+                 "_accumulate_eval_metrics", "_finalize_eval_metrics", "_log_training_metrics"):  # fmt: skip
         assert callable(getattr(logger, name))
 
 

@@ -15,7 +15,7 @@ counts are added over blocks, microbatches, devices and hosts, and divided once,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +279,7 @@ def kd_sums(
     Raises:
         ValueError: by `check_kd_arguments`.
     """
-    truncation = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    truncation: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     # Replaced before any arithmetic: a NaN that is computed and then masked comes back through the gradient.
     student = jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0)
     teacher = jnp.where(mask[..., None], jax.lax.stop_gradient(teacher_logits.astype(jnp.float32)), 0.0)

@@ -1,0 +1,174 @@
+"""Where MaxText's decoders meet the blockwise loss: hidden states out, heads as arrays, tokens and vocabulary sharded.
+
+A decoder here ends in its final norm. What follows (matrix, scale, soft cap, casts) is a projection function that the
+loss calls on blocks of tokens inside `jax.shard_map`, where each device walks its own tokens: heads are gathered over
+the axes that shard the tokens once before the walk, their gradient is reduced once after it, and under tensor
+parallelism the vocabulary stays sharded.
+"""
+
+# B batch, L positions, N tokens of one device, n tokens of a block, D width, V vocabulary
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from MaxText import upstream
+from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill.kd_loss import KDSums
+from MaxText.pyconfig import Distillation
+
+
+def ends_in_hidden_states(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.GraphDef:
+    """The same graph, whose decoder reports its last hidden states and projects nothing.
+
+    MaxText's decoders do so for a loss that tiles the vocabulary; the switch is in the decoder's settings alone, and
+    the state's structure does not depend on it.
+    """
+    root = nnx.merge(graphdef, state)
+    model = root.model if hasattr(root, "model") else root
+    model.decoder.config = upstream.with_vocab_tiling(model.decoder.config)
+    return nnx.graphdef(root)
+
+
+def normed_hidden_states(model: nnx.Module, reported: dict[str, Any], enable_dropout: bool) -> Float[Array, "B L D"]:
+    """What the head's matrix is applied to. The norm is outside the blocks: it is cheap, and its gradient is jax's."""
+    decoder = model.decoder
+    (hidden,) = reported["decoder"].pop("hidden_states")
+    return decoder.dropout(decoder.decoder_norm(hidden), deterministic=not enable_dropout)
+
+
+def head_of(model: nnx.Module, config: Any) -> Float[Array, "..."]:
+    """The head's matrix: [V, D] where it is the embedding table, else [D, V]."""
+    if config.logits_via_embedding:
+        return model.token_embedder.embedding.get_value()
+    return model.decoder.logits_dense.kernel.get_value()
+
+
+def project(config: Any, head: Float[Array, "..."], hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+    """Logits of MaxText's `apply_output_head` after its norm and dropout, on one device, for a head sharded over V."""
+    dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
+    if config.logits_via_embedding:
+        logits = upstream.embeddings.attend_on_embedding(hidden, head, dtype, config)
+        if config.normalize_embedding_logits:
+            logits = logits / jnp.sqrt(hidden.shape[-1])
+        if config.final_logits_soft_cap:
+            logits = jnp.tanh(logits / config.final_logits_soft_cap) * config.final_logits_soft_cap
+    else:
+        logits = jnp.dot(hidden.astype(dtype), head.astype(dtype), precision=config.matmul_precision)
+    return logits.astype(jnp.float32) if config.cast_logits_to_fp32 else logits
+
+
+def block_tokens(vocabulary: int, kd: Distillation) -> int:
+    """Tokens of a block whose float32 logits, in the copies that the loss holds at once, fill kd_block_mib."""
+    copies = 4 if 0 < kd.kd_top_p < 1 else 3
+    tokens = kd.kd_block_mib * 2**20 // (4 * copies * vocabulary)
+    return max(8, tokens - tokens % 128 if tokens >= 128 else tokens - tokens % 8)
+
+
+class Layout:
+    """How a batch's tokens and the heads' vocabulary lie on the mesh, by the logical axis rules in force.
+
+    Attributes:
+      tokens: PartitionSpec of an array [B, L].
+      token_axes: the mesh axes that shard tokens.
+      vocab_axes: the mesh axes that shard the vocabulary; empty where it is whole on each device.
+    """
+
+    def __init__(self, mesh: Mesh, shape: tuple[int, ...], vocabulary: int):
+        names = ("activation_embed_and_logits_batch", "activation_length")
+        spec: Any = upstream.sharding.create_sharding(mesh, names).spec
+        axes = [dividing(mesh, entry, size) for entry, size in zip((*spec, None, None), shape, strict=False)]
+        self.tokens = PartitionSpec(*(entry or None for entry in axes))
+        self.token_axes = axes[0] + axes[1]
+        vocab_spec: Any = upstream.sharding.create_sharding(mesh, ("activation_vocab",)).spec
+        free = tuple(axis for axis in as_tuple((*vocab_spec, None)[0]) if axis not in self.token_axes)
+        self.vocab_axes = dividing(mesh, free, vocabulary)
+        self.vocab_shard = vocabulary // math.prod(mesh.shape[axis] for axis in self.vocab_axes)
+
+    def head(self, config: Any) -> PartitionSpec:
+        vocab = self.vocab_axes or None
+        return PartitionSpec(vocab, None) if config.logits_via_embedding else PartitionSpec(None, vocab)
+
+
+def as_tuple(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def dividing(mesh: Mesh, entry: Any, size: int) -> tuple[str, ...]:
+    """The axes of a PartitionSpec's entry that are larger than one, up to where they stop dividing `size`."""
+    taken: tuple[str, ...] = ()
+    for axis in as_tuple(entry):
+        if mesh.shape[axis] > 1:
+            if size % (math.prod(mesh.shape[a] for a in taken) * mesh.shape[axis]):
+                break
+            taken += (axis,)
+    return taken
+
+
+def kd_objective(
+    mesh: Mesh,
+    kd: Distillation,
+    student: tuple[Any, Float[Array, "..."], Float[Array, "B L D"]],
+    teacher: tuple[Any, Float[Array, "..."], Float[Array, "B L E"]],
+    targets: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    z_weight: float,
+    evaluation: bool,
+) -> tuple[Float[Array, ""], KDSums]:
+    """`blockwise_kd` over all devices' tokens.
+
+    Args:
+      mesh: the run's mesh.
+      kd: the distillation settings.
+      student: its configuration, head and normed hidden states.
+      teacher: likewise; no gradient reaches it.
+      targets, mask: token ids, and True where they count.
+      z_weight: weight of the squared log-sum-exp of the student's logits.
+      evaluation: also sum the full-vocabulary KL at T = 1 and the agreement.
+
+    Returns:
+      The objective's sum over all valid positions, and the sums it is made of.
+    """
+    layout = Layout(mesh, targets.shape, student[0].vocab_size)
+    axes = layout.token_axes
+    walk: Callable = functools.partial(
+        blockwise_kd,
+        student_project=functools.partial(project, student[0]),
+        teacher_project=functools.partial(project, teacher[0]),
+        alpha=kd.kd_alpha,
+        temperature=kd.kd_temperature,
+        z_weight=z_weight,
+        top_k=kd.kd_top_k,
+        top_p=kd.kd_top_p,
+        truncation_strategy=kd.kd_truncation_strategy,
+        block_size=block_tokens(layout.vocab_shard, kd),
+        evaluation=evaluation,
+        vocab_axis=layout.vocab_axes or None,
+    )
+
+    def local(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask):
+        result = walk(flat(student_hidden), student_head, flat(teacher_hidden), teacher_head, flat(targets), flat(mask))
+        return jax.lax.psum(result, axes) if axes else result
+
+    rows, heads = layout.tokens, (layout.head(student[0]), layout.head(teacher[0]))
+    hidden = PartitionSpec(*rows, None)
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(hidden, heads[0], hidden, heads[1], rows, rows),
+        out_specs=PartitionSpec(),
+    )
+    return sharded(student[2], student[1], teacher[2], teacher[1], targets, mask)
+
+
+def flat(x: Array) -> Array:
+    """[B, L, ...] -> [N, ...]"""
+    return x.reshape(-1, *x.shape[2:])

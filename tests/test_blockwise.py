@@ -1,0 +1,361 @@
+"""The laws of the blockwise loss: it equals the plain form, and costs what it says."""
+
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from MaxText.distill import truncation
+from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, kd_sums
+
+N, D, E, V = 37, 16, 24, 1900
+# The nucleus of 0.3 is found among the largest logits, that of 0.9 by bisection.
+TRUNCATIONS = ({"top_k": 5}, {"top_p": 0.3}, {"top_p": 0.9}, {})
+# Strategies differ where something is truncated; how K was found does not matter to them.
+CASES = (
+    *((strategy, {"top_k": 5}) for strategy in TRUNCATION_STRATEGIES),
+    *((strategy, {"top_p": 0.9}) for strategy in TRUNCATION_STRATEGIES),
+    ("other_bucket", {"top_p": 0.3}),
+    ("renormalize", {}),
+)
+
+
+def student_project(head, hidden):
+    """A final norm, a tied embedding "V D", a scale and a soft cap."""
+    hidden = head["norm"] * hidden / jnp.sqrt(jnp.mean(hidden**2, -1, keepdims=True) + 1e-6)
+    return 20.0 * jnp.tanh(0.5 * (hidden @ head["embedding"].T) / 20.0)
+
+
+def teacher_project(head, hidden):
+    return hidden @ head
+
+
+def problem(dtype=jnp.float32, tokens=N):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, scale):
+        return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+    student_head = {"norm": normal(D, scale=0.1) + 1, "embedding": normal(V, D, scale=1.0)}
+    targets = jnp.asarray(rng.integers(V, size=tokens))
+    mask = jnp.asarray(rng.uniform(size=tokens) < 0.7)
+    return (
+        normal(tokens, D, scale=1.0),
+        student_head,
+        normal(tokens, E, scale=1.0),
+        normal(E, V, scale=0.6),
+        targets,
+        mask,
+    )
+
+
+def gradients_of(loss):
+    """(objective_sum, sums), gradients of the student's hidden states and head."""
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def plain(student_project=student_project, teacher_project=teacher_project, **settings):
+    def loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, alpha, temperature, z_weight):
+        sums = kd_sums(
+            student_project(student_head, student_hidden)[None],
+            teacher_project(teacher_head, teacher_hidden)[None],
+            targets[None],
+            mask[None],
+            temperature=temperature,
+            **settings,
+        )
+        return (1 - alpha) * sums.ce_sum + alpha * sums.kd_sum + z_weight * sums.log_z_sq_sum, sums
+
+    return loss
+
+
+def blockwise(student_project=student_project, teacher_project=teacher_project, **settings):
+    def loss(*arguments):
+        *arrays, alpha, temperature, z_weight = arguments
+        return blockwise_kd(
+            *arrays,
+            student_project=student_project,
+            teacher_project=teacher_project,
+            alpha=alpha,
+            temperature=temperature,
+            z_weight=z_weight,
+            **settings,
+        )
+
+    return loss
+
+
+WEIGHTS = (0.7, 2.0, 1e-2)
+
+
+def assert_equal(got, expected, tolerance=1e-5):
+    """Each array within the tolerance of the largest entry that is expected in it."""
+
+    def compare(path, got, expected):
+        assert got.shape == expected.shape and got.dtype == expected.dtype, path
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max(), path
+
+    jax.tree_util.tree_map_with_path(compare, got, expected)
+
+
+@pytest.mark.parametrize(("strategy", "keep"), CASES, ids=str)
+def test_values_and_gradients_equal_the_plain_form(strategy, keep, monkeypatch):
+    settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+    arguments = (*problem(), *WEIGHTS)
+    expected = gradients_of(plain(**settings))(*arguments)
+    # Several chunks of the vocabulary, as at its true size; the first one is shorter.
+    monkeypatch.setattr(truncation, "_CHUNK_VALUES", 8 * 500)
+    assert_equal(gradients_of(blockwise(block_size=8, **settings))(*arguments), expected)
+
+
+def test_any_block_size_gives_the_same():
+    arguments = (*problem(), *WEIGHTS)
+    expected = gradients_of(plain(top_k=5))(*arguments)
+    for block_size in (1, N + 1):
+        assert_equal(gradients_of(blockwise(top_k=5, block_size=block_size))(*arguments), expected)
+
+
+def test_the_kept_set_may_be_all_but_one_token():
+    arguments = (*problem(), *WEIGHTS)
+    settings = {"top_k": V - 1, "truncation_strategy": "other_bucket"}
+    assert_equal(
+        gradients_of(blockwise(block_size=8, **settings))(*arguments), gradients_of(plain(**settings))(*arguments)
+    )
+
+
+def test_alpha_temperature_and_z_weight_change_without_a_new_compilation():
+    arrays = problem()
+    loss = gradients_of(blockwise(top_k=5, block_size=8))
+    reference = gradients_of(plain(top_k=5))
+    for weights in ((0.0, 1.0, 0.0), (1.0, 3.0, 0.0), (0.3, 0.5, 1.0)):
+        assert_equal(loss(*arrays, *weights), reference(*arrays, *weights))
+    assert loss._cache_size() == 1
+
+
+def test_only_the_student_has_a_gradient():
+    arguments = (*problem(), *WEIGHTS)
+    loss = blockwise(top_k=5, block_size=8)
+    gradients = jax.grad(lambda *arguments: loss(*arguments)[0], argnums=(2, 3, 6, 7, 8), allow_int=True)(*arguments)
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+    through_sums = jax.grad(lambda *arguments: sum(jax.tree.leaves(loss(*arguments)[1])))(*arguments)
+    assert (np.asarray(through_sums) == 0).all()
+
+
+def test_the_gradient_scales_with_what_the_objective_is_multiplied_by():
+    arguments = (*problem(), *WEIGHTS)
+    loss = blockwise(block_size=8)
+    _, once = gradients_of(loss)(*arguments)
+    _, thrice = gradients_of(lambda *arguments: (3.0 * loss(*arguments)[0], None))(*arguments)
+    assert_equal(thrice, jax.tree.map(lambda gradient: 3.0 * gradient, once), 1e-6)
+
+
+def test_a_head_that_is_also_an_embedding_gets_both_gradients():
+    *arrays, targets, mask = problem()
+    inputs = jnp.roll(targets, 1)
+
+    def tied(loss):
+        def whole(_, head, *rest):
+            return loss(head["embedding"][inputs] + arrays[0], head, *rest)
+
+        return gradients_of(whole)(*arrays, targets, mask, *WEIGHTS)
+
+    got, expected = tied(blockwise(block_size=8)), tied(plain())
+    assert_equal(got[1][1], expected[1][1])
+
+
+@pytest.mark.parametrize("keep", ({"top_p": 0.9}, {}), ids=str)
+def test_what_masked_tokens_hold_is_never_read(keep):
+    student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem()
+    loss = gradients_of(blockwise(block_size=8, evaluation=True, **keep))
+    clean = loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, *WEIGHTS)
+    for poison in (jnp.nan, jnp.inf):
+        spoilt = [jnp.where(mask[:, None], hidden, poison) for hidden in (student_hidden, teacher_hidden)]
+        wrong_targets = jnp.where(mask, targets, -100)
+        got = loss(spoilt[0], student_head, spoilt[1], teacher_head, wrong_targets, mask, *WEIGHTS)
+        assert_equal(got, clean, 0.0)
+    hidden_gradient = clean[1][0]
+    assert (np.asarray(hidden_gradient)[~np.asarray(mask)] == 0).all()
+    nothing = loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask & False, *WEIGHTS)
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(nothing))
+
+
+def test_only_as_many_blocks_are_visited_as_the_valid_tokens_fill():
+    visits = []
+
+    def counting_project(head, hidden):
+        jax.debug.callback(lambda: visits.append(1))
+        return teacher_project(head, hidden)
+
+    *arrays, mask = problem()
+    loss = jax.jit(blockwise(teacher_project=counting_project, block_size=4))
+    for valid, blocks in ((0, 0), (1, 1), (4, 1), (9, 3), (N, 10)):
+        visits.clear()
+        # Spread over the sequence: padding costs nothing wherever it lies.
+        mask = np.zeros(N, bool)
+        mask[np.linspace(0, N - 1, valid, dtype=int)] = True
+        jax.block_until_ready(loss(*arrays, mask, *WEIGHTS))
+        jax.effects_barrier()
+        assert len(visits) == blocks
+
+
+@pytest.mark.parametrize(("strategy", "keep"), tuple(zip(TRUNCATION_STRATEGIES, TRUNCATIONS[1:], strict=True)), ids=str)
+def test_a_padded_vocabulary_and_tokens_without_mass_are_no_special_case(strategy, keep):
+    *arrays, targets, mask = problem()
+    is_padding, is_missing = jnp.arange(V) >= V - 50, jnp.arange(V) % 3 == 0
+
+    def padded_project(head, hidden):
+        return jnp.where(is_padding, -jnp.inf, student_project(head, hidden))
+
+    def missing_project(head, hidden):
+        return jnp.where(is_padding | is_missing, -jnp.inf, teacher_project(head, hidden))
+
+    targets = targets % (V - 50) // 3 * 3 + 1
+    loss = blockwise(padded_project, missing_project, truncation_strategy=strategy, block_size=8, **keep)
+    plain_loss = plain(padded_project, missing_project, truncation_strategy=strategy, **keep)
+    arguments = (*arrays, targets, mask, *WEIGHTS)
+    assert_equal(gradients_of(loss)(*arguments), gradients_of(plain_loss)(*arguments))
+
+
+def test_bfloat16_models_are_summed_in_float32():
+    arguments = (*problem(jnp.bfloat16), *WEIGHTS)
+    (objective, sums), gradients = gradients_of(blockwise(top_k=5, block_size=8))(*arguments)
+    (expected_objective, expected_sums), expected_gradients = gradients_of(plain(top_k=5))(*arguments)
+    # The two round the soft cap at different places, so that logits differ by 2^-8 here and there.
+    assert_equal((objective, sums), (expected_objective, expected_sums), 5e-4)
+    assert_equal(gradients, expected_gradients, 2**-6)
+
+
+def test_many_small_blocks_lose_nothing_of_the_heads_gradient():
+    arguments = (*problem(tokens=600), *WEIGHTS)
+    narrow_head = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), arguments[1])
+    wide_head = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow_head)
+    project = functools.partial(_as_float32, student_project)
+    _, (_, got) = gradients_of(blockwise(project, block_size=4))(arguments[0], narrow_head, *arguments[2:])
+    _, (_, expected) = gradients_of(plain(project))(arguments[0], wide_head, *arguments[2:])
+    # 150 shares are rounded to bfloat16 each, and their sum once: half a step of 2^-7, and a little more.
+    assert_equal(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), got), expected, 1.25 * 2**-8)
+
+
+def _as_float32(project, head, hidden):
+    return project(jax.tree.map(lambda x: x.astype(jnp.float32), head), hidden)
+
+
+def matrix_project(head, hidden):
+    return hidden @ head
+
+
+def compiled(*, tokens, width, vocabulary, block_size, differentiate=True, dtype=jnp.float32, **settings):
+    loss = blockwise(matrix_project, matrix_project, block_size=block_size, **settings)
+    loss = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True) if differentiate else loss
+    hidden, head = jax.ShapeDtypeStruct((tokens, width), dtype), jax.ShapeDtypeStruct((width, vocabulary), dtype)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    targets, mask = (jax.ShapeDtypeStruct((tokens,), kind) for kind in (jnp.int32, jnp.bool_))
+    return jax.jit(loss).lower(hidden, head, hidden, head, targets, mask, number, number, number).compile()
+
+
+@pytest.mark.parametrize(
+    ("keep", "strategy"),
+    (({}, "renormalize"), ({"top_k": 64}, "other_bucket"), ({"top_p": 0.9}, "other_bucket")),
+    ids=str,
+)
+def test_a_step_costs_the_flops_and_the_memory_that_are_promised(keep, strategy):
+    tokens, width, vocabulary, block_size = 4096, 512, 32_768, 256
+    program = compiled(
+        tokens=tokens, width=width, vocabulary=vocabulary, block_size=block_size, truncation_strategy=strategy, **keep
+    )
+    # cost_analysis counts the loop's body once: the FLOPs of one block.
+    assert program.cost_analysis()["flops"] <= 1.03 * 2 * block_size * vocabulary * (3 * width + width)
+    block, head, hidden = (4 * size for size in (block_size * vocabulary, width * vocabulary, tokens * width))
+    blocks = 4 if "top_p" in keep else 3
+    assert program.memory_analysis().temp_size_in_bytes <= blocks * block + head + hidden
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"[a-z]+\d+\[([\d,]+)\]", program.as_text())]
+    assert max(sizes) < tokens * vocabulary
+
+
+def test_evaluation_does_no_gradient_work():
+    shapes = {"tokens": 256, "width": 512, "vocabulary": 4096, "block_size": 64}
+    both_projections = 2 * 64 * 4096 * (512 + 512)
+    assert compiled(differentiate=False, evaluation=True, **shapes).cost_analysis()["flops"] <= 1.05 * both_projections
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    (
+        ({"block_size": 0}, "block_size=0"),
+        ({"block_size": 8, "top_k": V + 1}, f"top_k={V + 1}"),
+        ({"block_size": 8, "top_k": 2, "top_p": 0.5}, "top_k=2 and top_p=0.5"),
+        ({"block_size": 8, "truncation_strategy": "none"}, "truncation_strategy='none'"),
+    ),
+    ids=str,
+)
+def test_an_argument_without_meaning_is_an_error_that_names_it(settings, named):
+    with pytest.raises(ValueError, match=named):
+        blockwise(**settings)(*problem(), *WEIGHTS)
+
+
+def test_different_vocabularies_are_an_error():
+    student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem()
+    with pytest.raises(ValueError, match=f"{V} and {V - 1} tokens"):
+        blockwise(block_size=8)(
+            student_hidden, student_head, teacher_hidden, teacher_head[:, 1:], targets, mask, *WEIGHTS
+        )
+
+
+def sharded(mesh, token_axes, vocab_axes, **settings):
+    """The loss of tokens and of a vocabulary that are sharded over these axes of the mesh."""
+
+    def local(*arguments):
+        return jax.lax.psum(blockwise(vocab_axis=vocab_axes, **settings)(*arguments), token_axes)
+
+    token, vocab = (P(axes or None) for axes in (token_axes, vocab_axes))
+    heads = {"norm": P(), "embedding": vocab}, P(None, *vocab)
+    specs = (token, heads[0], token, heads[1], token, token, P(), P(), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+
+
+def check_sharded_losses():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    arguments = (*problem(tokens=40), *WEIGHTS)
+    layouts = ((("data",), ("tensor",)), (("data", "tensor"), ()), ((), ("data", "tensor")))
+    for keep, strategy in zip(TRUNCATIONS, (*TRUNCATION_STRATEGIES, "renormalize"), strict=True):
+        settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+        expected = gradients_of(plain(**settings))(*arguments)
+        for token_axes, vocab_axes in layouts:
+            loss = gradients_of(sharded(mesh, token_axes, vocab_axes, block_size=8, **settings))
+            assert_equal(loss(*arguments), expected)
+            computations = loss.lower(*arguments).compile().as_text().split("\n\n")
+            inside = "".join(text for text in computations if not text.lstrip().startswith("ENTRY"))
+            moved = re.findall(r"= (.*) all-(?:reduce|gather)(?:-start)?\(", inside)
+            # Neither a head nor hidden states nor logits: those would have a dimension of one of these sizes.
+            sizes = {
+                int(size) for shape in re.findall(r"\w\d+\[([\d,]+)\]", "".join(moved)) for size in shape.split(",")
+            }
+            assert not sizes & {D, V, V // 2, V // 4}
+            assert bool(moved) == bool(vocab_axes)
+
+
+def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", "import test_blockwise; test_blockwise.check_sharded_losses()"]
+    process = subprocess.run(command, env=os.environ | flags | paths, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+
+
+def test_a_vocabulary_axis_that_shards_no_head_is_an_error():
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,))
+    loss = blockwise(vocab_axis="tensor", block_size=8)
+    replicated = jax.shard_map(loss, mesh=mesh, in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="vocab_axis=\\('tensor',\\)"):
+        replicated(*problem(), *WEIGHTS)

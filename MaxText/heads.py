@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.spmd import logical_axis_rules
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -70,6 +71,15 @@ def block_tokens(vocabulary: int, kd: Distillation) -> int:
     copies = 4 if 0 < kd.kd_top_p < 1 else 3
     tokens = kd.kd_block_mib * 2**20 // (4 * copies * vocabulary)
     return max(8, tokens - tokens % 128 if tokens >= 128 else tokens - tokens % 8)
+
+
+def block_size(mesh: Mesh, config: Any, kd: Distillation) -> int:
+    """Tokens of a block in the train step: what kd_block_mib allows, at most all that a device has."""
+    shape = (config.micro_batch_size_to_train_on, config.max_target_length)
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        layout = Layout(mesh, shape, config.vocab_size)
+    devices = math.prod(mesh.shape[axis] for axis in layout.token_axes)
+    return min(block_tokens(layout.vocab_shard, kd), math.prod(shape) // devices)
 
 
 class Layout:

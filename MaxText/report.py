@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from MaxText import pyconfig
+from MaxText import heads, pyconfig
 
 
 def say(line: str) -> None:
@@ -41,6 +41,9 @@ def header(run: pyconfig.Run, student: Any, teacher: Any) -> None:
         lines.append(("teacher", model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))
         lines.append(("", f"from {teacher.checkpoint.root}{at}"))
     lines.append(("loss", loss_text(kd)))
+    if kd.use_kd:
+        size = heads.block_size(student.mesh, config, kd)
+        lines.append(("", f"in blocks of {readable(size)} tokens per device (kd_block_mib {kd.kd_block_mib})"))
     lines.append(("tokens", f"{readable(tokens)} a step, {readable(tokens * left)} to go; {data_text(config)}"))
     lines.append(("devices", layout_text(student.mesh)))
     say("\n".join(f"{title:>8}  {text}" for title, text in lines))
@@ -72,7 +75,9 @@ def loss_text(kd: pyconfig.Distillation) -> str:
 
 
 def data_text(config: Any) -> str:
-    return f"{config.dataset_type} data, {config.max_target_length} positions a row"
+    return (
+        f"{getattr(config.dataset_type, 'value', config.dataset_type)} data, {config.max_target_length} positions a row"
+    )
 
 
 def layout_text(mesh: jax.sharding.Mesh) -> str:

@@ -53,7 +53,7 @@ class Teacher:
     graphdef: nnx.GraphDef
     state: nnx.State
     shardings: nnx.State
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None  # None: shapes without values
 
 
 def find_checkpoint(path: str) -> Checkpoint:
@@ -156,6 +156,29 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
         state=state,
         shardings=jax.tree.map(lambda x: x.sharding, state),
         checkpoint=checkpoint,
+    )
+
+
+def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
+    """The teacher as shapes on shards, for a compilation without its checkpoint.
+
+    Args:
+      config, mesh, dtype: as for `load`; "" = the configuration's weight_dtype, since no checkpoint tells.
+    """
+    _, model = upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
+    graphdef, ephemeral, stored = nnx.split(model, EPHEMERAL, ...)
+
+    def held(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        kind = dtype if dtype and jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
+
+    state = nnx.State.merge(jax.tree.map(held, stored), ephemeral)
+    return Teacher(
+        config=config,
+        graphdef=heads.ends_in_hidden_states(graphdef, state),
+        state=state,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+        checkpoint=None,
     )
 
 

@@ -144,31 +144,11 @@ class Steps:
 
 
 def compile_steps(config: Any, kd: pyconfig.Distillation, student: Student, teacher: Any) -> Steps:
-    """Jits and compiles the steps; which ones is decided here, once, and not in traced code."""
+    """Jits the steps and compiles them."""
     rules, eval_rules = config.logical_axis_rules, config.logical_axis_rules_for_eval
     data = upstream.sharding.get_input_data_sharding(config, student.mesh, rules=rules)
     eval_data = upstream.sharding.get_input_data_sharding(config, student.mesh, rules=eval_rules)
-    plain_train, plain_eval = upstream.train_utils.jit_train_and_eval_step(
-        config,
-        student.graphdef,
-        student.mesh,
-        student.state,
-        student.state_shardings,
-        upstream.pre_train.train_step,
-        upstream.pre_train.eval_step,
-        student.eval_data_iterator,
-        student.params_shardings,
-    )
-    train_arguments: tuple[Any, ...] = ()
-    eval_arguments: tuple[Any, ...] = ()
-    train_step, evaluate = plain_train, plain_eval
-    if kd.use_kd:
-        graphdef = heads.ends_in_hidden_states(student.graphdef, student.state)
-        models = step.Models(config, graphdef, teacher.config, teacher.graphdef, kd, student.mesh)
-        if kd.teacher_in_step:
-            train_step, train_arguments = jit_train_step(models, student, teacher, data), (teacher.state,)
-        if student.eval_data_iterator:
-            evaluate, eval_arguments = jit_eval_step(models, student, teacher, eval_data), (teacher.state,)
+    (train_step, train_arguments), (evaluate, eval_arguments) = jit_steps(config, kd, student, teacher, data, eval_data)
 
     options = upstream.max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags)
     if not jax.config.jax_enable_pgle:  # profile-guided compilation compiles by itself, later
@@ -185,6 +165,39 @@ def compile_steps(config: Any, kd: pyconfig.Distillation, student: Student, teac
         evaluate=(lambda state, batch: evaluate(state, *eval_arguments, batch)) if evaluate is not None else None,
         eval_data_sharding=eval_data,
     )
+
+
+Jitted = tuple[Any, tuple]  # a jitted step, and what it takes between the state and the batch
+
+
+def jit_steps(
+    config: Any, kd: pyconfig.Distillation, student: Student, teacher: Any, data: Any, eval_data: Any
+) -> tuple[Jitted, Jitted]:
+    """The steps for training and evaluation; which ones is decided here, once, and not in traced code.
+
+    The states may be shapes without values: nothing is computed (train_compile.py).
+    """
+    plain_train, plain_eval = upstream.train_utils.jit_train_and_eval_step(
+        config,
+        student.graphdef,
+        student.mesh,
+        student.state,
+        student.state_shardings,
+        upstream.pre_train.train_step,
+        upstream.pre_train.eval_step,
+        student.eval_data_iterator,
+        student.params_shardings,
+    )
+    train_step: Jitted = plain_train, ()
+    evaluate: Jitted = plain_eval, ()
+    if kd.use_kd:
+        graphdef = heads.ends_in_hidden_states(student.graphdef, student.state)
+        models = step.Models(config, graphdef, teacher.config, teacher.graphdef, kd, student.mesh)
+        if kd.teacher_in_step:
+            train_step = jit_train_step(models, student, teacher, data), (teacher.state,)
+        if student.eval_data_iterator:
+            evaluate = jit_eval_step(models, student, teacher, eval_data), (teacher.state,)
+    return train_step, evaluate
 
 
 def jit_train_step(models: "step.Models", student: Student, teacher: Any, data_sharding: Any) -> Any:

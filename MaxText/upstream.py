@@ -26,12 +26,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 with epy.lazy_imports():
     import pathwaysutils
-    from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler
+    from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler, train_state_nnx
     from maxtext.configs import pyconfig, types
     from maxtext.input_pipeline import input_pipeline_interface
     from maxtext.layers import embeddings, moe, multi_token_prediction
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
+        accelerator_to_spec_map,
         exceptions,
         gcs_utils,
         globals,
@@ -212,3 +213,45 @@ def dump_hlo_once(config: Any, start_step: int, step: int, state: Any) -> None:
     where = {"local_dir": config.dump_hlo_local_dir, "target_dir": config.dump_hlo_gcs_dir}
     how = {"delete_local_after": config.dump_hlo_delete_local_after, "all_host_upload": config.dump_hlo_upload_all}
     gcs_utils.upload_dump(**where, **how, module_name=config.dump_hlo_module_name)
+
+
+# Compilation without the hardware -------------------------------------------------------------------------------------
+
+
+def topologies() -> dict[str, Any]:
+    """The names that compile_topology may take -> platform, devices per slice and what libtpu calls them."""
+    return accelerator_to_spec_map.UserFacingNameToSystemCharacteristics
+
+
+def topology_devices(name: str, slices: int) -> list[Any]:
+    """The devices of a topology, as libtpu describes them; none of them need exist."""
+    from jax.experimental.topologies import get_topology_desc
+
+    spec = topologies()[name]
+    with contextlib.nullcontext() if is_verbose() else silence():  # libtpu looks for the TPU host that is not there
+        return get_topology_desc(
+            platform=spec.platform,
+            topology_name=spec.topology_name,
+            chip_config_name=spec.chip_config_name,
+            chips_per_host_bounds=spec.chips_per_host_bounds,
+            num_slices=slices,
+            wrap=spec.wrap,
+        ).devices
+
+
+def abstract_train_state(config: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """What `setup_train_loop` makes of a fresh run, as shapes -> graph, state, shardings."""
+    from flax import nnx
+    from flax.core.spmd import logical_axis_rules
+
+    create_model, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
+    _, optimizer = train_utils.create_training_optimizer(config, model, mesh=mesh)
+
+    def create() -> Any:
+        fresh = create_model()
+        return train_state_nnx.TrainStateNNX(fresh, nnx.Optimizer(fresh, optimizer, wrt=nnx.Param))
+
+    state, _, shardings = maxtext_utils.get_abstract_state(config, mesh, create, True)
+    with logical_axis_rules(config.logical_axis_rules):
+        graphdef = nnx.graphdef(nnx.eval_shape(create))
+    return graphdef, state, shardings

@@ -85,6 +85,7 @@ def initialize(argv: list[str]) -> pyconfig.Run:
         settled.append("kd_teacher_parameters_path=unread")
     if topology := given.compile_topology:
         check_topology(str(topology))
+        upstream.load_libtpu()
         settled.append(f"hardware={upstream.topologies()[topology].platform}")
         if given.compile_topology_num_slices == -1:
             settled.append("compile_topology_num_slices=1")
@@ -107,15 +108,13 @@ def check_topology(name: str) -> None:
 
 def libtpu_version() -> str | None:
     """The version of the TPU compiler that jax would load; None where there is none."""
-    if path := os.environ.get("TPU_LIBRARY_PATH"):
-        return path
     spec = importlib.util.find_spec("libtpu")
     if spec is None or spec.origin is None:
-        return None
+        return os.environ.get("TPU_LIBRARY_PATH")
     try:
         return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    except importlib.metadata.PackageNotFoundError:  # a nightly build
+        return spec.origin
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,14 @@ class KDKeys(pydantic.BaseModel):
     kd_teacher_dtype: Literal["", "bfloat16", "float16", "float32"]
     kd_block_mib: int = pydantic.Field(gt=0)
 
+    @pydantic.field_validator(
+        "kd_teacher_parameters_path", "kd_teacher_model_name", "kd_teacher_dtype", "kd_teacher_overrides", mode="before"
+    )
+    @classmethod
+    def _none_is_empty(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """`key=` on the command line arrives as None."""
+        return value if value is not None else {} if info.field_name == "kd_teacher_overrides" else ""
+
 
 class Distillation(KDKeys, frozen=True, extra="forbid"):
     """The settings of a run's distillation, checked and frozen."""
@@ -219,7 +227,7 @@ def check_kd(user: dict[str, Any]) -> None:
     defaults = load_yml(str(CONFIGS / "base.yml"))
     values = {key: user.get(key, defaults[key]) for key in KDKeys.model_fields}
     try:
-        kd = Distillation(**{k: "" if v is None else v for k, v in values.items()})
+        kd = Distillation(**values)
     except pydantic.ValidationError as error:
         raise ConfigError(describe(error)) from None
     if kd.kd_top_k > 0 and kd.kd_top_p > 0:

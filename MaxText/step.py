@@ -77,7 +77,7 @@ def train_step(
     else:
         train_state.apply_gradients(grads)
     if config.routed_bias and config.routed_bias_update_rate > 0:
-        add_routed_bias_updates(train_state.model, aux["intermediate_outputs"])
+        add_routed_bias_updates(train_state.model, aux["intermediate_outputs"], config.param_scan_axis)
     if config.use_qk_clip:
         clip = upstream.qk_clip_utils
         train_state = clip.apply_qk_clip_nnx(train_state, aux["intermediate_outputs"], config)
@@ -217,18 +217,25 @@ def loss_and_gradient(
     return aux, grads
 
 
-def add_routed_bias_updates(model: nnx.Module, reported: dict[str, Any]) -> None:
-    """Moves each router's bias by what its layer reported (auxiliary-loss-free balancing, arXiv:2408.15664)."""
+def add_routed_bias_updates(model: nnx.Module, reported: dict[str, Any], scan_axis: int) -> None:
+    """Moves each router's bias by what its layer reported (auxiliary-loss-free balancing, arXiv:2408.15664).
+
+    Scanned layers report [layers, experts]. Biases that are parameters are stacked along `scan_axis`; those that
+    MaxText keeps apart (MoEBiasVar), along the first.
+    """
     for path, update in jax.tree_util.tree_leaves_with_path(reported):
         names = [part.key for part in path if hasattr(part, "key")]
         if "moe_bias_updates" not in names:
             continue
+        update = jnp.asarray(update)
         layer = model
         for name in names[: names.index("moe_bias_updates")]:
             layer = layer[name] if isinstance(layer, (nnx.List, nnx.Dict)) else getattr(layer, str(name))
         for _, node in nnx.iter_graph(layer):
             if type(node).__name__ == "GateLogit" and node.bias is not None:
-                node.bias.set_value(node.bias.get_value() + jnp.asarray(update))
+                is_stacked_parameter = update.ndim == 2 and isinstance(node.bias, nnx.Param)
+                moved = jnp.moveaxis(update, 0, scan_axis) if is_stacked_parameter else update
+                node.bias.set_value(node.bias.get_value() + moved)
 
 
 def training_metrics(models: Models, sums: Scalars) -> Scalars:

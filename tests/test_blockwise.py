@@ -281,6 +281,7 @@ def test_a_step_costs_the_flops_and_the_memory_that_are_promised(keep, strategy)
     assert program.memory_analysis().temp_size_in_bytes <= blocks * block + head + hidden
     sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"[a-z]+\d+\[([\d,]+)\]", program.as_text())]
     assert max(sizes) < tokens * vocabulary
+    assert " sort(" not in program.as_text()
 
 
 def test_evaluation_does_no_gradient_work():

@@ -107,7 +107,9 @@ class Vocabulary(NamedTuple):
 
     def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The k largest values and their token ids, in descending order, equal values by lower token id."""
-        values, ids = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+        # Behind the barrier, because a compiler that sees the result cut further (to its first or last column) no
+        # longer recognises the selection, and sorts the whole vocabulary.
+        values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(k, logits.shape[-1])))
         if not self.axes:
             return values, ids
         ids = ids + self.first(logits)
@@ -216,13 +218,17 @@ def _bisected_bound(logits, weight, goal, is_settled, upper, vocabulary: Vocabul
     Positions that are settled are not searched; what they get has no meaning.
     """
 
+    def in_loop(logits, bound):
+        """The same logits. Without it compilers move the keys and weights in front of the loop, and store them."""
+        return jax.lax.optimization_barrier((logits, bound))[0]
+
     def reaches(key):
         """Whether the tokens from this key upwards weigh enough."""
 
         def mass(_, logits):
             return jnp.where(_ordered_keys(logits) >= key, weight(logits), 0.0)
 
-        return vocabulary.sums(mass, logits) >= goal
+        return vocabulary.sums(mass, in_loop(logits, key)) >= goal
 
     above = _ordered_keys(upper) + 1
     crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, jnp.zeros_like(above)), above))
@@ -240,7 +246,7 @@ def _bisected_bound(logits, weight, goal, is_settled, upper, vocabulary: Vocabul
             def ties_below(ids, logits):
                 return jnp.where((logits == crossing) & (ids < token), 1.0, 0.0)
 
-            return vocabulary.sums(ties_below, logits) < ties_needed
+            return vocabulary.sums(ties_below, in_loop(logits, token)) < ties_needed
 
         low = jnp.zeros_like(above, dtype=jnp.int32)
         return _largest(lacks, low, low + jnp.where(is_settled, 1, vocabulary.size(logits)))

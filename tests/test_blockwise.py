@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -137,9 +138,9 @@ def test_the_kept_set_may_be_all_but_one_token():
 def test_alpha_temperature_and_z_weight_change_without_a_new_compilation():
     arrays = problem()
     loss = gradients_of(blockwise(top_k=5, block_size=8))
-    reference = gradients_of(plain(top_k=5))
+    expected = gradients_of(plain(top_k=5))
     for weights in ((0.0, 1.0, 0.0), (1.0, 3.0, 0.0), (0.3, 0.5, 1.0)):
-        assert_equal(loss(*arrays, *weights), reference(*arrays, *weights))
+        assert_equal(loss(*arrays, *weights), expected(*arrays, *weights))
     assert loss._cache_size() == 1
 
 
@@ -225,6 +226,57 @@ def test_a_padded_vocabulary_and_tokens_without_mass_are_no_special_case(strateg
     plain_loss = plain(padded_project, missing_project, truncation_strategy=strategy, **keep)
     arguments = (*arrays, targets, mask, *WEIGHTS)
     assert_equal(gradients_of(loss)(*arguments), gradients_of(plain_loss)(*arguments))
+
+
+def test_a_kept_set_of_all_tokens_that_the_models_have_leaves_an_empty_tail():
+    hidden = jnp.eye(16)
+    student, teacher = (jnp.pad(x, ((0, 0), (0, 40)), constant_values=-jnp.inf) for x in _tables(16, 300))
+    arguments = (hidden, student, hidden, teacher, jnp.arange(16), jnp.ones(16, bool), *WEIGHTS)
+    settings = {"top_k": 300, "truncation_strategy": "other_bucket"}
+    got = gradients_of(blockwise(_look_up, _look_up, block_size=8, **settings))(*arguments)
+    full = gradients_of(blockwise(_look_up, _look_up, block_size=8))(*arguments)
+    assert_equal((got[0], got[1][1]), (full[0], full[1][1]))
+    assert (np.asarray(got[1][1])[:, 300:] == 0).all()
+
+
+def _look_up(table, hidden):
+    """The product of one-hot hidden states and a table that may hold -inf."""
+    return table[jnp.argmax(hidden, axis=-1)]
+
+
+def _tables(positions, vocabulary):
+    return map(jnp.asarray, reference.logits_of_every_scale(14, positions, vocabulary))
+
+
+@pytest.mark.parametrize("strategy", TRUNCATION_STRATEGIES)
+def test_logits_of_every_scale_give_the_gradient_of_the_plain_form(strategy):
+    # Hidden states of one token each make the head a table of logits, exact to the last digit in any block.
+    hidden = jnp.eye(64)
+    student, teacher = _tables(64, 300)
+    targets, mask = jnp.arange(64), jnp.ones(64, bool)
+    settings = {"top_k": 5, "truncation_strategy": strategy}
+    arguments = (hidden, student, hidden, teacher, targets, mask, 1.0, 1.0, 0.0)
+    (value, _), (_, gradient) = gradients_of(blockwise(matrix_project, matrix_project, block_size=16, **settings))(
+        *arguments
+    )
+    kept = reference.kept_set(np.asarray(teacher), temperature=1.0, top_k=5)
+    expected, expected_gradient = reference.kl_and_gradient(
+        np.asarray(student), np.asarray(teacher), kept, temperature=1.0, truncation_strategy=strategy
+    )
+    np.testing.assert_allclose(value, expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=2e-5)
+
+
+def test_negative_zeros_are_equal_to_positive_ones():
+    def rounded(head, hidden):
+        return jnp.round(jnp.minimum(0.2 * teacher_project(head, hidden), 0.4))
+
+    arguments = (*problem(), *WEIGHTS)
+    zeros = rounded(arguments[3], arguments[2]) == 0.0
+    assert len(set(jnp.signbit(rounded(arguments[3], arguments[2]))[zeros].tolist())) == 2
+    for keep in ({"top_k": 5}, {"top_p": 0.3}):
+        got = gradients_of(blockwise(teacher_project=rounded, block_size=8, **keep))(*arguments)
+        assert_equal(got, gradients_of(plain(teacher_project=rounded, **keep))(*arguments))
 
 
 def test_bfloat16_models_are_summed_in_float32():

@@ -49,6 +49,7 @@ class _Static:
     block_size: int
     evaluation: bool
     vocabulary: Vocabulary
+    pooled_axes: tuple[str, ...]
 
 
 class _Weights(NamedTuple):
@@ -78,6 +79,7 @@ def blockwise_kd(
     block_size: int,
     evaluation: bool = False,
     vocab_axis: str | tuple[str, ...] | None = None,
+    pooled_axis: str | tuple[str, ...] | None = None,
 ) -> tuple[Float[Array, ""], KDSums]:
     """Sum over valid tokens of CE, T^2 KL(teacher || student) and z-loss, blended, in nats, and the sums it is made of.
 
@@ -107,6 +109,10 @@ def blockwise_kd(
         vocab_axis: mesh axis, or axes, that shard the vocabulary, where each device's project functions give its own
             shard of the logits, in order of token ids. Log-sum-exps and top-k are merged across it, and the gradient
             of the hidden states is added up over it once, after the walk. The sums are the same on all its devices.
+        pooled_axis: those of vocab_axis along which tokens differ too. A block is then block_size tokens of each device
+            of the axis, whose hidden states are gathered in the walk, and whose gradients are scattered back, while
+            heads stay sharded: memory for a head and its gradient is that of the shard. The sums are those of all the
+            axis's tokens, the same on all its devices.
 
     Returns:
         objective_sum and KDSums, float32, to be divided by n after the last reduction.
@@ -124,7 +130,8 @@ def blockwise_kd(
         truncation_strategy=truncation_strategy,
         block_size=min(block_size, mask.shape[0]),
         evaluation=evaluation,
-        vocabulary=Vocabulary((vocab_axis,) if isinstance(vocab_axis, str) else vocab_axis or ()),
+        vocabulary=Vocabulary(_axes(vocab_axis)),
+        pooled_axes=_axes(pooled_axis),
     )
     _check(static, student_hidden, student_head, teacher_hidden, teacher_head, temperature)
     weights = _Weights(*(jnp.asarray(weight, jnp.float32) for weight in (alpha, temperature, z_weight)))
@@ -133,8 +140,11 @@ def blockwise_kd(
     differ = _varying_axes((student_hidden, student_head, teacher_hidden, teacher_head, mask))
     student_hidden, student_head = _varying(differ, (student_hidden, student_head))
     frozen = jax.lax.stop_gradient((teacher_hidden, teacher_head, targets, mask, weights))
-    objective_sum, sums = _blockwise_kd(static, student_hidden, student_head, *frozen)
-    return objective_sum, jax.lax.stop_gradient(sums)
+    return _blockwise_kd(static, student_hidden, student_head, *frozen)
+
+
+def _axes(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def _check(static, student_hidden, student_head, teacher_hidden, teacher_head, temperature):
@@ -143,6 +153,8 @@ def _check(static, student_hidden, student_head, teacher_hidden, teacher_head, t
         raise ValueError(
             f"vocab_axis={axes}: expected axes of jax.shard_map(..., check_vma=True) along which the heads differ"
         )
+    if not set(static.pooled_axes) <= set(axes):
+        raise ValueError(f"pooled_axis={static.pooled_axes}: expected some of vocab_axis={axes}")
     student = jax.eval_shape(static.student_project, student_head, student_hidden[:1])
     teacher = jax.eval_shape(static.teacher_project, teacher_head, teacher_hidden[:1])
     check_kd_arguments(
@@ -182,17 +194,32 @@ def _walk(static, student_hidden, student_head, teacher_hidden, teacher_head, ta
     order = jnp.nonzero(mask, size=-(-tokens // n) * n, fill_value=jnp.argmax(mask))[0].astype(jnp.int32)
     number = jnp.sum(mask, dtype=jnp.int32)
 
+    pool = static.pooled_axes
+
+    def own_rows(rows, is_valid, array):
+        # A device without a valid token goes along with the others of its pool; what its rows hold is not read.
+        return jnp.where(is_valid[:, None], array[rows], jnp.zeros((), array.dtype)) if pool else array[rows]
+
+    def pooled(x):
+        return jax.lax.all_gather(x, pool, axis=0, tiled=True) if pool else x
+
+    def pooled_alike(x):
+        return jax.lax.all_gather(x, pool, axis=0, tiled=True, to="invarying") if pool else x
+
     def visit(block, carry):
         sums, hidden_gradient, head_gradient = carry
         rows = jax.lax.dynamic_slice(order, (block * n,), (n,))
-        is_valid = block * n + jnp.arange(n, dtype=jnp.int32) < number
-        teacher = static.teacher_project(teacher_head, teacher_hidden[rows])
+        is_own_valid = block * n + jnp.arange(n, dtype=jnp.int32) < number
+        is_valid = pooled_alike(is_own_valid)[:, None]
+        block_targets = pooled_alike(own_rows(rows, is_own_valid, targets[:, None]))
+        teacher = static.teacher_project(teacher_head, pooled(own_rows(rows, is_own_valid, teacher_hidden)))
+        hidden = pooled(own_rows(rows, is_own_valid, student_hidden))
         if differentiate:
-            student, pull_back = jax.vjp(static.student_project, student_head, student_hidden[rows])
+            student, pull_back = jax.vjp(static.student_project, student_head, hidden)
         else:
-            student = static.student_project(student_head, student_hidden[rows])
+            student = static.student_project(student_head, hidden)
         block_sums, gradient = _block(
-            static, weights, student, teacher, targets[rows, None], is_valid[:, None], differentiate=differentiate
+            static, weights, student, teacher, block_targets, is_valid, differentiate=differentiate
         )
         sums = jax.tree.map(jnp.add, sums, block_sums)
         if differentiate:
@@ -200,16 +227,23 @@ def _walk(static, student_hidden, student_head, teacher_hidden, teacher_head, ta
             head_gradient = jax.tree.map(
                 lambda total, share: total + share.astype(total.dtype), head_gradient, head_share
             )
-            hidden_gradient = hidden_gradient.at[jnp.where(is_valid, rows, tokens)].set(hidden_rows, mode="drop")
+            if pool:
+                partial = hidden_rows.astype(jnp.float32)
+                hidden_rows = jax.lax.psum_scatter(partial, pool, scatter_dimension=0, tiled=True)
+            hidden_rows = hidden_rows.astype(hidden_gradient.dtype)
+            hidden_gradient = hidden_gradient.at[jnp.where(is_own_valid, rows, tokens)].set(hidden_rows, mode="drop")
         return sums, hidden_gradient, head_gradient
 
+    blocks = -(-number // n)
+    if pool:
+        blocks = jax.lax.pmax(blocks, pool)
     # Inside `jax.shard_map` a loop's carry must be marked from the start as differing between devices where it will.
     differ = _varying_axes((student_hidden, student_head, teacher_hidden, teacher_head, mask))
     start = (_varying(differ - set(static.vocabulary.axes), _zero_sums(static.evaluation)), None, None)
     if differentiate:
         zero_head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), student_head)
         start = (start[0], _varying(differ, jnp.zeros_like(student_hidden)), _varying(differ, zero_head))
-    sums, hidden_gradient, head_gradient = jax.lax.fori_loop(0, -(-number // n), visit, start)
+    sums, hidden_gradient, head_gradient = jax.lax.fori_loop(0, blocks, visit, start)
     objective_sum = (
         (1.0 - weights.alpha) * sums.ce_sum + weights.alpha * sums.kd_sum + weights.z_weight * sums.log_z_sq_sum
     )

@@ -8,6 +8,7 @@ no row.
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -48,10 +49,39 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
     def __init__(self, config: Any, learning_rate_schedule: Any, start_step: int, tflops_per_step: float):
         super().__init__(config=config, learning_rate_schedule=learning_rate_schedule, start_step=start_step)
         self.tflops_per_step = tflops_per_step
+        self.last_completion = time.monotonic()
         self.steps_timed = 0
         self.seconds_timed = 0.0
         if config.metrics_file and jax.process_index() == 0:
             keep_rows_before(config.metrics_file, config.run_name, start_step)
+
+    # How long a step took: from the completion of the one before it, not from dispatch to dispatch ----------------
+
+    def start_clock(self) -> None:
+        """Leaves out of the next step's time what came before it: set-up, or an evaluation."""
+        self.last_completion = time.monotonic()
+
+    def time_step(self, metrics: Metrics) -> None:
+        """Waits for a step and notes its time."""
+        jax.block_until_ready(metrics["scalar"])
+        now = time.monotonic()
+        scalars, seconds = metrics["scalar"], max(now - self.last_completion, 1e-9)
+        self.last_completion = now
+        scalars["perf/step_time_seconds"] = seconds
+        for amount in ("perf/per_device_tflops", "perf/per_device_tokens"):
+            if amount in scalars:  # absent while the batch size ramps up
+                scalars[f"{amount}_per_sec"] = scalars[amount] / seconds
+
+    def record_train_metrics(self, metrics: Metrics, step: int, step_time: float) -> None:
+        timed = metrics["scalar"].get("perf/step_time_seconds")
+        super().record_train_metrics(metrics, step, timed or 1.0)
+        if timed is None:
+            del metrics["scalar"]["perf/step_time_seconds"]
+
+    def _flush_one_buffered_entry(self, entry: tuple) -> None:
+        if entry[0] == "train" and "perf/step_time_seconds" not in entry[2]["scalar"]:
+            self.time_step(entry[2])
+        super()._flush_one_buffered_entry(entry)
 
     # What is written where --------------------------------------------------------------------------------------
 

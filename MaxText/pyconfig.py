@@ -133,6 +133,10 @@ def initialize(argv: list[str]) -> Run:
     check_keys(user, schema)
     check_kd(user | environment_keys(KDKeys))
     merged = omegaconf.OmegaConf.merge(base, user_files)
+    output = user.get("base_output_directory")
+    if output and "M_BASE_OUTPUT_DIRECTORY" not in os.environ:  # checkpoints want an absolute path
+        arguments = [a for a in arguments if not a.startswith("base_output_directory=")]
+        arguments.append(f"base_output_directory={absolute(str(output))}")
     student_preset = str(user.get("model_name", "default"))
     folder = preset_folder("model_name", student_preset, pathlib.Path(path).parent)
     upstream.set_verbose(merged_flag(base, user, "log_config"))
@@ -200,6 +204,11 @@ def resolved_keys(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dic
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
     return {str(key): everything[key] for key in user}
+
+
+def absolute(path: str) -> str:
+    """A local path from the root; a path with a scheme (gs://) as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def environment_keys(schema: type[pydantic.BaseModel]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import heads, upstream
-from MaxText.pyconfig import ConfigError
+from MaxText.pyconfig import ConfigError, absolute
 
 Path = tuple[str, ...]
 
@@ -63,7 +63,7 @@ def find_checkpoint(path: str) -> Checkpoint:
       ConfigError: nothing is there, or it is no checkpoint of MaxText's.
     """
     key = f"kd_teacher_parameters_path={path!r}"
-    given = epath.Path(path)
+    given = epath.Path(absolute(path))
     if not given.exists():
         raise ConfigError(f"{key}: no such path")
     root = given.parent if given.name == "items" else given

@@ -217,6 +217,8 @@ def jit_eval_step(models: "step.Models", student: Student, teacher: Any, data_sh
     )
 
 
+NO_TIME = datetime.timedelta(0)  # the logger takes the time of a step itself, when it is complete
+
 # Loop -----------------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +230,7 @@ def train(config: Any, student: Student, steps: Steps, logger: "metrics_lib.Metr
     upstream.train_utils.prepare_before_run_start(
         config, state, student.learning_rate_schedule, student.start_step, student.mesh, student.data_loader, shaped
     )
-    completed_at = datetime.datetime.now()
+    logger.start_clock()
     try:
         for step_number in range(student.start_step, config.steps):
             profiler.maybe_activate_profiler(step_number, state)
@@ -240,15 +242,14 @@ def train(config: Any, student: Student, steps: Steps, logger: "metrics_lib.Metr
                     logical_axis_rules(config.logical_axis_rules),
                 ):
                     state, step_metrics = steps.train(state, batch)
-            now = datetime.datetime.now()
-            seconds, completed_at = now - completed_at, now
             upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
             upstream.dump_hlo_once(config, student.start_step, step_number, state)
             if steps.evaluate is not None and evaluation_is_due(config, step_number):
+                logger.time_step(step_metrics)
                 evaluate(config, student, steps, state, logger)
-                completed_at = datetime.datetime.now()
+                logger.start_clock()
             profiler.maybe_deactivate_profiler(step_number, state)
-            logger.buffer_and_write_metrics(step_metrics, step_number, seconds)
+            logger.buffer_and_write_metrics(step_metrics, step_number, NO_TIME)
         if config.save_checkpoint_on_completion:
             upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator)
         if manager is not None:
@@ -277,14 +278,11 @@ def evaluate(config: Any, student: Student, steps: Steps, state: nnx.State, logg
         student.eval_data_iterator.reset()
     assert steps.evaluate is not None
     logger.reset_eval_metrics()
-    started = datetime.datetime.now()
     for count, batch in enumerate(student.eval_data_iterator, start=1):
         batch = jax.device_put(batch, steps.eval_data_sharding)
         with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules_for_eval):
             sums = steps.evaluate(state, batch)
-        now = datetime.datetime.now()
-        logger.buffer_and_write_metrics(sums, count - 1, step_time_delta=now - started, is_training=False)
-        started = now
+        logger.buffer_and_write_metrics(sums, count - 1, NO_TIME, is_training=False)
         # Before the next fetch: hosts whose data has ended would wait for one that goes on.
         if 0 < config.eval_steps <= count:
             break

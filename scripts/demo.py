@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shlex
 import shutil
 import statistics
@@ -108,13 +107,7 @@ def launch(run: Run, console: Console) -> int:
         (run.folder / "train.log").open("a") as log,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
-        process = subprocess.Popen(
-            run.command,
-            cwd=ROOT,
-            env=os.environ | {"PWD": str(ROOT)},  # common.yml reads it, and only a shell keeps it up to date
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        process = subprocess.Popen(run.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         task = bar.add_task("", total=run.settings["steps"], loss="starting")
         try:
             while process.poll() is None:
@@ -157,10 +150,7 @@ def train(run: Run, sources: list[str], console: Console) -> float:
 
 
 def summary(rows: Rows) -> dict[str, float]:
-    """A run's last evaluation, and its training speed: all tokens by all seconds of the steps after the first.
-
-    Single steps say little: a step is timed when it is handed out, and the wait falls on another one.
-    """
+    """A run's last evaluation, and its training speed: all tokens by all seconds of the steps after the first."""
     last = [row for row in rows if "evaluation/ce_loss" in row][-1]
     speeds = [row["perf/per_device_tokens_per_sec"] for row in rows if "perf/per_device_tokens_per_sec" in row]
     names = {"kl": "evaluation/kl_t1", "agreement": "evaluation/top1_agreement"}

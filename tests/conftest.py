@@ -56,8 +56,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
     base = tmp_path_factory.mktemp("runs")
 
     def run(name: str, devices: int = 1, program: tuple[str, ...] = ("MaxText/train.py",), **keys: Any) -> Result:
-        arguments = [SMOKE, f"run_name={name}", f"base_output_directory={base}"]
-        arguments += [f"{key}={value}" for key, value in keys.items()]
+        keys = {"run_name": name, "base_output_directory": base} | keys
+        arguments = [SMOKE, *(f"{key}={value}" for key, value in keys.items())]
         result = execute(list(program), arguments, base / name, devices)
         assert result.status == 0, result.output[-4000:]
         return result

@@ -1,5 +1,7 @@
 """Laws of the trainer, seen from the command line: what a user types, and the rows it leaves."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import ROOT, execute
@@ -53,6 +55,7 @@ def kd_run(train, teacher):
         eval_steps=2,
         checkpoint_period=2,
         max_num_checkpoints_to_keep=10,
+        enable_tensorboard="true",
     )
 
 
@@ -72,6 +75,12 @@ def test_each_evaluation_leaves_one_row_and_the_run_ends_with_one(kd_run):
         assert row["evaluation/total_weights"] == 2 * 4 * 32
         assert row["evaluation/kl_t1"] > 0 and 0 <= row["evaluation/top1_agreement"] <= 1
         assert row["evaluation/teacher_ce_loss"] > 0
+
+
+def test_tensorboard_holds_the_same_scalars(kd_run):
+    (events,) = (kd_run.folder / "tensorboard").rglob("events.*")
+    for name in ("learning/kd_loss", "learning/ce_loss", "learning/kd_kept_mass", "evaluation/kl_t1"):
+        assert name.encode() in events.read_bytes()
 
 
 def test_the_student_learns_from_the_teacher(kd_run):
@@ -105,6 +114,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_loses_no_row(kd_run, tra
     assert "(resumed)" in again.output
     assert [row["step"] for row in again.rows()] == list(range(6))
     np.testing.assert_allclose(again.column("learning/loss"), whole.column("learning/loss"), rtol=1e-6)
+
+
+def test_relative_paths_are_taken_from_the_working_folder(train, teacher, tmp_path):
+    keys = {"base_output_directory": os.path.relpath(tmp_path, ROOT), "metrics_file": tmp_path / "metrics.jsonl"}
+    where = os.path.relpath(teacher, ROOT)
+    train("relative", use_kd="true", kd_teacher_parameters_path=where, steps=2, **keys)
+    assert (tmp_path / "relative/checkpoints/1/items").exists()
 
 
 def test_a_teacher_of_another_family_teaches(train, teacher):

@@ -405,16 +405,12 @@ def _block(
     if not differentiate:
         return sums, None
 
-    # Per token, what the visit for the gradient multiplies its exponentials by. The barrier keeps the compiler from
-    # taking the exponentials for those of the sums, and storing them in between.
+    # Per token, what the visit for the gradient multiplies its exponentials by.
     hard = jnp.where(is_valid, 1.0 - weights.alpha, 0.0)
     soft = jnp.where(is_valid, weights.alpha * temperature, 0.0)
     by_student = (hard + jnp.where(is_valid, 2.0 * weights.z_weight * log_z, 0.0)) / totals.student
     by_q, by_p = soft / totals.q, soft / p_total
     by_q_tail = jnp.where(has_tail, soft * tail / totals.q_tail, 0.0) if form.has_tail else None
-    maxima, hard, by_student, by_q, by_p, by_q_tail = jax.lax.optimization_barrier(
-        (maxima, hard, by_student, by_q, by_p, by_q_tail)
-    )
     ids = vocabulary.ids(student)
     kept = is_kept(ids, teacher)
     q = by_q * jnp.exp(shift(student, maxima.q))

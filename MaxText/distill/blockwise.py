@@ -410,12 +410,12 @@ def _block(
     soft = jnp.where(is_valid, weights.alpha * temperature, 0.0)
     by_student = (hard + jnp.where(is_valid, 2.0 * weights.z_weight * log_z, 0.0)) / totals.student
     by_q, by_p = soft / totals.q, soft / p_total
-    by_q_tail = jnp.where(has_tail, soft * tail / totals.q_tail, 0.0) if form.has_tail else None
     ids = vocabulary.ids(student)
     kept = is_kept(ids, teacher)
     q = by_q * jnp.exp(shift(student, maxima.q))
     p = by_p * jnp.exp(shift(teacher, maxima.teacher))
     if form.has_tail:
+        by_q_tail = jnp.where(has_tail, soft * tail / totals.q_tail, 0.0)
         slope = q - jnp.where(kept, p, by_q_tail * jnp.exp(shift(student, maxima.q_tail)))
     elif form.conditions_student:
         slope = jnp.where(kept, q - p, 0.0)

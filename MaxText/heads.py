@@ -1,9 +1,10 @@
 """Where MaxText's decoders meet the blockwise loss: hidden states out, heads as arrays, tokens and vocabulary sharded.
 
 A decoder here ends in its final norm. What follows (matrix, scale, soft cap, casts) is a projection function that the
-loss calls on blocks of tokens inside `jax.shard_map`, where each device walks its own tokens: heads are gathered over
-the axes that shard the tokens once before the walk, their gradient is reduced once after it, and under tensor
-parallelism the vocabulary stays sharded.
+loss calls on blocks of tokens inside `jax.shard_map`. Under tensor parallelism the vocabulary stays sharded. Over the
+axes that shard the tokens, what is smaller travels: either each device walks its own tokens, with heads gathered once
+before the walk and their gradient reduced once after it; or heads stay sharded, and each block's hidden states are
+gathered.
 """
 
 # B batch, L positions, N tokens of one device, n tokens of a block, D width, V vocabulary
@@ -78,8 +79,7 @@ def block_size(mesh: Mesh, config: Any, kd: Distillation) -> int:
     shape = (config.micro_batch_size_to_train_on, config.max_target_length)
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         layout = Layout(mesh, shape, config.vocab_size)
-    devices = math.prod(mesh.shape[axis] for axis in layout.token_axes)
-    return min(block_tokens(layout.vocab_shard, kd), math.prod(shape) // devices)
+    return min(block_tokens(layout.vocab_share, kd), math.prod(shape) // size(mesh, layout.token_axes))
 
 
 class Layout:
@@ -89,34 +89,52 @@ class Layout:
       tokens: PartitionSpec of an array [B, L].
       token_axes: the mesh axes that shard tokens.
       vocab_axes: the mesh axes that shard the vocabulary; empty where it is whole on each device.
+      pooled_axes: those of vocab_axes that shard the tokens too: blocks are gathered over them, heads are not.
+      vocab_share: tokens of the vocabulary that a device has logits of, per token of its own in a block.
     """
 
     def __init__(self, mesh: Mesh, shape: tuple[int, ...], vocabulary: int):
         names = ("activation_embed_and_logits_batch", "activation_length")
         spec: Any = upstream.sharding.create_sharding(mesh, names).spec
-        axes = [dividing(mesh, entry, size) for entry, size in zip((*spec, None, None), shape, strict=False)]
+        axes = [dividing(mesh, entry, length) for entry, length in zip((*spec, None, None), shape, strict=False)]
         self.tokens = PartitionSpec(*(entry or None for entry in axes))
         self.token_axes = axes[0] + axes[1]
-        vocab_spec: Any = upstream.sharding.create_sharding(mesh, ("activation_vocab",)).spec
-        free = tuple(axis for axis in as_tuple((*vocab_spec, None)[0]) if axis not in self.token_axes)
-        self.vocab_axes = dividing(mesh, free, vocabulary)
-        self.vocab_shard = vocabulary // math.prod(mesh.shape[axis] for axis in self.vocab_axes)
+        split = as_tuple(first_entry(mesh, "activation_vocab"))
+        tensor_axes = dividing(mesh, tuple(axis for axis in split if axis not in self.token_axes), vocabulary)
+        self.vocab_share = vocabulary // size(mesh, tensor_axes)
+        # The axes that shard a parameter's width. Gathering a head over them moves, per device, the vocabulary's rows;
+        # gathering hidden states moves the tokens' rows, of the same widths. (Reduced gradients are of one size too.)
+        stored = as_tuple(first_entry(mesh, "embed"))
+        pooled = dividing(mesh, tuple(axis for axis in self.token_axes if axis in stored), self.vocab_share)
+        pooled_tokens = math.prod(shape) // size(mesh, self.token_axes) * size(mesh, pooled)
+        self.pooled_axes = pooled if pooled_tokens <= self.vocab_share else ()
+        self.vocab_axes = tensor_axes + self.pooled_axes
 
     def head(self, config: Any) -> PartitionSpec:
         vocab = self.vocab_axes or None
         return PartitionSpec(vocab, None) if config.logits_via_embedding else PartitionSpec(None, vocab)
 
 
+def first_entry(mesh: Mesh, name: str) -> Any:
+    """What shards an array's axis of this logical name."""
+    spec: Any = upstream.sharding.create_sharding(mesh, (name,)).spec
+    return (*spec, None)[0]
+
+
+def size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def as_tuple(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def dividing(mesh: Mesh, entry: Any, size: int) -> tuple[str, ...]:
-    """The axes of a PartitionSpec's entry that are larger than one, up to where they stop dividing `size`."""
+def dividing(mesh: Mesh, entry: Any, length: int) -> tuple[str, ...]:
+    """The axes of a PartitionSpec's entry that are larger than one, up to where they stop dividing `length`."""
     taken: tuple[str, ...] = ()
     for axis in as_tuple(entry):
         if mesh.shape[axis] > 1:
-            if size % (math.prod(mesh.shape[a] for a in taken) * mesh.shape[axis]):
+            if length % (size(mesh, taken) * mesh.shape[axis]):
                 break
             taken += (axis,)
     return taken
@@ -148,7 +166,7 @@ def kd_objective(
       The objective's sum over all valid positions, and the sums it is made of.
     """
     layout = Layout(mesh, targets.shape, student[0].vocab_size)
-    axes = layout.token_axes
+    axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
     walk: Callable = functools.partial(
         blockwise_kd,
         student_project=functools.partial(project, student[0]),
@@ -159,9 +177,10 @@ def kd_objective(
         top_k=kd.kd_top_k,
         top_p=kd.kd_top_p,
         truncation_strategy=kd.kd_truncation_strategy,
-        block_size=block_tokens(layout.vocab_shard, kd),
+        block_size=block_tokens(layout.vocab_share, kd),
         evaluation=evaluation,
-        vocab_axis=layout.vocab_axes or None,
+        vocab_axis=layout.vocab_axes,
+        pooled_axis=layout.pooled_axes,
     )
 
     def local(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask):

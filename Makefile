@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PLATFORM ?= $(or $(shell cut -d ' ' -f 1 $(STAMP) 2>/dev/null),cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench fit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 12
@@ -27,6 +27,12 @@ check: $(STAMP) ## lint, format, types and the fast tests: before every commit
 
 bench: $(STAMP) ## measure the distillation step
 	$(PYTHON) scripts/benchmark_kd.py
+
+CONFIG ?= configs/smoke.yml
+TOPOLOGY ?= v5e-16
+SLICES ?= 1
+fit: $(STAMP) ## compile the step for a TPU: make fit CONFIG=my.yml TOPOLOGY=v5e-16 ARGS="key=value ..."
+	$(PYTHON) MaxText/train_compile.py $(CONFIG) compile_topology=$(TOPOLOGY) compile_topology_num_slices=$(SLICES) $(ARGS)
 
 clean: ## remove what the demo and the runs wrote
 	rm -rf runs

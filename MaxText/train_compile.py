@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ with epy.lazy_imports():
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 where the step fits its devices, else 1."""
+    """Returns 1 where XLA finds that the step does not fit its devices, else 0."""
     # 1. Configuration.
     run = initialize(list(argv))
     config, kd = run.student, run.kd
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     report.say("\n".join(f"{title:>10}  {text}" for title, text in cost.lines()))
     if config.metrics_file:
         append_row(config.metrics_file, cost.row() | {"run_name": config.run_name})
-    return 0 if cost.fits in (True, None) else 1
+    return 1 if cost.refusal else 0
 
 
 # Configuration --------------------------------------------------------------------------------------------------------
@@ -172,8 +173,8 @@ def compile_step(config: Any, traced: Any) -> Any:
 
 def refusal(message: str) -> str:
     """The sentence of XLA's that says by how much a program is too large."""
-    lines = [line.strip() for line in message.splitlines()]
-    return next((line for line in lines if "hbm" in line.lower()), lines[0])
+    found = re.search(r"Ran out of memory.*?(?=\. |\n|$)", message)
+    return found.group() if found else message.splitlines()[0]
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class Cost:
       devices: how many devices the step runs on.
       model_flops: per device and step.
       refusal: why XLA did not compile it; "" where it did.
-      memory: bytes per device by kind: argument, output, alias, temp, code; empty after a refusal.
+      memory: bytes per device by kind: argument, output, alias, temp, code, peak; empty after a refusal.
       flops, bytes_accessed: XLA's estimate per device, which counts the body of each loop once.
     """
 
@@ -236,6 +237,7 @@ class Cost:
             "alias": found.alias_size_in_bytes,
             "temp": found.temp_size_in_bytes,
             "code": found.generated_code_size_in_bytes,
+            "peak": found.peak_memory_in_bytes,
         }
         estimate = compiled.cost_analysis()
         self.flops = estimate.get("flops", math.nan)
@@ -243,7 +245,10 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Bytes per device while the step runs; an output that is written over an argument counts once."""
+        """Bytes per device that the step holds at most; an output that is written over an argument counts once.
+
+        An upper bound: what libtpu 0.0.50 calls temporary may hold arguments again that the step overwrites.
+        """
         memory = self.memory
         return memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] + memory["code"]
 
@@ -253,10 +258,8 @@ class Cost:
 
     @property
     def fits(self) -> bool | None:
-        """None where the chip's memory is not known."""
-        if self.refusal:
-            return False
-        return self.total <= self.available if self.available else None
+        """Whether XLA, which knows what the chip keeps for itself, compiled the step; None for chips unknown here."""
+        return None if self.chip is None and not self.refusal else not self.refusal
 
     def roofline(self) -> dict[str, float]:
         """Seconds that one step takes at least, by what bounds it."""
@@ -274,15 +277,18 @@ class Cost:
     def memory_lines(self) -> list[tuple[str, str]]:
         if self.refusal:
             return [("memory", f"does not fit: {self.refusal}")]
-        of = f" of {gigabytes(self.available)} on a {self.device_name}" if self.available else ""
-        verdict = {True: ": fits", False: ": does not fit", None: ""}[self.fits]
         memory = self.memory
+        of = f" of {gigabytes(self.available)} on a {self.device_name}: fits" if self.available else ""
         return [
-            ("memory", f"{gigabytes(self.total)} per device{of}{verdict}"),
+            ("memory", f"{gigabytes(self.total)} per device{of}"),
             ("arguments", f"{gigabytes(memory['argument'])} (parameters, optimizer, teacher, batch)"),
             ("outputs", f"{gigabytes(memory['output'])}, {gigabytes(memory['alias'])} of it in place of arguments"),
             ("temporary", gigabytes(memory["temp"])),
             ("program", gigabytes(memory["code"])),
+            (
+                "peak",
+                f"{gigabytes(memory['peak'])} of arguments, outputs and temporaries at one time, by XLA's account",
+            ),
         ]
 
     def work_lines(self) -> list[tuple[str, str]]:

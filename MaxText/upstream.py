@@ -228,8 +228,8 @@ def load_libtpu() -> None:
     import jax
 
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    prepare_runtime()
     with contextlib.nullcontext() if is_verbose() else silence():
+        prepare_runtime()
         jax.devices()
 
 

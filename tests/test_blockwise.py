@@ -365,11 +365,13 @@ def test_different_vocabularies_are_an_error():
         )
 
 
-def sharded(mesh, token_axes, vocab_axes, **settings):
+def sharded(mesh, token_axes, vocab_axes, pooled_axes=(), **settings):
     """The loss of tokens and of a vocabulary that are sharded over these axes of the mesh."""
+    summed = tuple(axis for axis in token_axes if axis not in pooled_axes)
 
     def local(*arguments):
-        return jax.lax.psum(blockwise(vocab_axis=vocab_axes, **settings)(*arguments), token_axes)
+        loss = blockwise(vocab_axis=vocab_axes, pooled_axis=pooled_axes, **settings)
+        return jax.lax.psum(loss(*arguments), summed)
 
     token, vocab = (P(axes or None) for axes in (token_axes, vocab_axes))
     heads = {"norm": P(), "embedding": vocab}, P(None, *vocab)
@@ -398,12 +400,40 @@ def check_sharded_losses():
             assert bool(moved) == bool(vocab_axes)
 
 
-def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop():
+def check_pooled_losses():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem(tokens=40)
+    # Devices without a valid token take part in the others' blocks; what their tokens hold is not read.
+    mask = mask.at[:20].set(False)
+    student_hidden, teacher_hidden = (x.at[:20].set(jnp.nan) for x in (student_hidden, teacher_hidden))
+    arguments = (student_hidden, student_head, teacher_hidden, teacher_head, targets.at[:20].set(-1), mask, *WEIGHTS)
+    layouts = (
+        (("data",), ("tensor", "data"), ("data",)),
+        (("data", "tensor"), ("tensor",), ("tensor",)),
+        (("data", "tensor"), ("data", "tensor"), ("data", "tensor")),
+    )
+    for keep, strategy in zip(TRUNCATIONS, (*TRUNCATION_STRATEGIES, "renormalize"), strict=True):
+        settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+        expected = gradients_of(blockwise(block_size=8, **settings))(*arguments)
+        for token_axes, vocab_axes, pooled_axes in layouts:
+            loss = gradients_of(sharded(mesh, token_axes, vocab_axes, pooled_axes, block_size=3, **settings))
+            assert_equal(loss(*arguments), expected)
+
+
+def in_four_devices(check):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", "import test_blockwise; test_blockwise.check_sharded_losses()"]
+    command = [sys.executable, "-c", f"import test_blockwise; test_blockwise.{check.__name__}()"]
     process = subprocess.run(command, env=os.environ | flags | paths, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
+
+
+def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop():
+    in_four_devices(check_sharded_losses)
+
+
+def test_blocks_gathered_over_the_axis_that_shards_the_vocabulary_give_the_same():
+    in_four_devices(check_pooled_losses)
 
 
 def test_a_vocabulary_axis_that_shards_no_head_is_an_error():

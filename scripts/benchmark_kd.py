@@ -3,6 +3,7 @@
     make bench                                                the default sizes: minutes on 2 CPU cores
     python scripts/benchmark_kd.py --full                     the whole grid; what does not fit in memory is not timed
     python scripts/benchmark_kd.py --only loss --tokens 512 --rounds 3
+    python scripts/benchmark_kd.py --full --rounds 0          memory and FLOPs alone: compiled, not run
 
 All rows of one shape take turns, round by round, in one process: a drift of the machine hits all alike, and ratios are
 medians of the ratios within each round. Everything is computed in float32, no token is masked. The table is printed
@@ -86,7 +87,8 @@ class Row:
       block: tokens of a block; None where there are none.
       temp_bytes, argument_bytes, output_bytes: by XLA's memory_analysis.
       xla_flops: by XLA's cost_analysis, which counts the body of each loop once.
-      flops: counted from shapes, every visit of a loop's body included; a masked step has no fewer.
+      flops: counted from shapes, every visit of a loop's body included; for a step, the models' own as upstream counts
+        them, which leaves out what is projected or computed twice.
       seconds: one number per round; empty where the program was not run.
     """
 
@@ -375,13 +377,13 @@ def analysed(row: Row, compiled: Any) -> Row:
 
 
 def measure(programs: Iterator[Program], rounds: int, title: str, bar: Progress) -> list[Row]:
-    """Compiles every program, runs each once to warm up, then all in turn, `rounds` times."""
+    """Compiles every program, runs each once to warm up, then all in turn, `rounds` times; 0 runs none."""
     task = bar.add_task(f"{title}: compiling", total=None)
     compiled = []
     for program in programs:
         compiled.append(program)
         bar.update(task, description=f"{title}: compiled {program.row.name}")
-    runnable = [program for program in compiled if fits(program.row)]
+    runnable = [program for program in compiled if rounds and fits(program.row)]
     bar.update(task, description=f"{title}: running", total=(rounds + 1) * len(runnable), completed=0)
     for number in range(rounds + 1):
         for program in runnable:
@@ -409,7 +411,7 @@ def ratio(rows: Sequence[Row], bases: Sequence[Row]) -> float:
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each row as it stands in the table and in the JSON file, with its time relative to the others'."""
+    """Each row as it stands in the table and in the JSON file, with its time relative to that of others."""
     found = []
     for row in rows:
         shape = (row.group, row.tokens, row.vocabulary)
@@ -474,11 +476,13 @@ def show(report: dict[str, Any], console: Console) -> None:
                 f"{entry['to_ce_and_hidden']:.3f} x (CE step + teacher forward to hidden states)"
             )
     if any(entry["median_seconds"] is None for entry in report["rows"]):
-        console.print("-: not run, since it needs more memory than is available")
+        why = "it needs more memory than is available" if report["rounds"] else "--rounds is 0"
+        console.print(f"-: not run, since {why}")
+    rounds = report["rounds"]
+    timing = f" Median and spread (slowest less fastest) of {rounds} rounds." if rounds else ""
     console.print(
-        f"{report['machine']['cpu_cores']} CPU cores, {report['machine']['device']}; median and spread (slowest less "
-        f"fastest) of {report['rounds']} rounds. GFLOP is counted from shapes, for the loss of a distillation "
-        "2 N V (3 D + E); XLA's count takes the body of each loop once."
+        f"{report['machine']['cpu_cores']} CPU cores, {report['machine']['device']}.{timing} GFLOP is counted from "
+        "shapes, for the loss of a distillation 2 N V (3 D + E); XLA's count takes the body of each loop once."
     )
 
 
@@ -494,6 +498,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write(path: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Puts what is measured so far into the report and its file: a run that is cut short leaves the shapes before."""
+    report["rows"] = compare(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
@@ -504,25 +515,26 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def positive(text: str) -> int:
+def whole(text: str, least: int = 1) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
     return number
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Measures the distillation loss and the whole step on this machine.")
-    sizes: dict[str, Any] = {"type": positive, "metavar": "N"}
+    sizes: dict[str, Any] = {"type": whole, "metavar": "N"}
     parser.add_argument("--tokens", nargs="+", default=[2048], help="tokens of a batch (default 2048)", **sizes)
     parser.add_argument("--vocabulary", nargs="+", default=[32768], help="vocabulary sizes (default 32768)", **sizes)
     parser.add_argument("--width", default=512, help="the student's width (default 512)", **sizes)
     parser.add_argument("--teacher-width", default=512, help="the teacher's, in the loss rows (default 512)", **sizes)
     parser.add_argument("--block-mib", default=256, help="kd_block_mib, the budget of a block (default 256)", **sizes)
-    parser.add_argument("--rounds", default=5, help="timed rounds after one to warm up (default 5)", **sizes)
+    rounds: dict[str, Any] = {"type": functools.partial(whole, least=0), "metavar": "N", "default": 5}
+    parser.add_argument("--rounds", help="timed rounds after one to warm up; 0 only compiles (default 5)", **rounds)
     parser.add_argument("--only", choices=("loss", "step"), help="only these rows")
     parser.add_argument("--full", action="store_true", help="2048 and 8192 tokens by 32768 and 131072: about an hour")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench", help="folder of benchmark.json (runs/bench)")
@@ -541,12 +553,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     jax.config.update("jax_enable_compilation_cache", False)  # a program from a cache has no analysis
     report: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "block_mib": options.block_mib}
     with upstream.silence():  # importing the engine takes seconds, and says much
         upstream.pre_train.vocab_tiling_nnx_loss  # noqa: B018
     rows: list[Row] = []
+    path = options.out / "benchmark.json"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
@@ -556,13 +569,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for tokens, vocabulary in [(n, v) for n in options.tokens for v in options.vocabulary]:
                 title = f"loss, N {tokens}, V {vocabulary}"
                 rows += measure(loss_programs(options, tokens, vocabulary), options.rounds, title, bar)
+                write(path, report, rows)
         if options.only != "loss":
             programs = step_programs(options, options.tokens[0], options.vocabulary[0], folder)
             rows += measure(programs, options.rounds, "step", bar)
-    report["rows"] = compare(rows)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "benchmark.json"
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+            write(path, report, rows)
     show(report, console)
     console.print(f"written: {path}", soft_wrap=True)
     return report

@@ -69,7 +69,7 @@ def test_a_program_larger_than_the_memory_is_not_run():
         (["--tokens", "many"], "--tokens"),
         (["--tokens", "100"], "--tokens: 100: expected a multiple of 8"),
         (["--width", "20"], "--width: 20: expected a multiple of 8"),
-        (["--rounds", "0"], "--rounds"),
+        (["--rounds", "-1"], "--rounds"),
         (["--only", "teacher"], "--only"),
         (["--out", __file__], "--out"),
         (["--vocab-size", "8"], "--vocab-size"),

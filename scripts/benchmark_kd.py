@@ -1,6 +1,6 @@
 """Measures the distillation loss and the whole step: time in paired rounds, XLA's memory and FLOPs beside it.
 
-    make bench                                                the default sizes: minutes on 2 CPU cores
+    make bench                                                the default sizes: some 10 minutes on 2 cores (estimated)
     python scripts/benchmark_kd.py --full                     the whole grid; what does not fit in memory is not timed
     python scripts/benchmark_kd.py --only loss --tokens 512 --rounds 3
     python scripts/benchmark_kd.py --full --rounds 0          memory and FLOPs alone: compiled, not run
@@ -528,7 +528,7 @@ def whole(text: str, least: int = 1) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Measures the distillation loss and the whole step on this machine.")
     sizes: dict[str, Any] = {"type": whole, "metavar": "N"}
-    parser.add_argument("--tokens", nargs="+", default=[2048], help="tokens of a batch (default 2048)", **sizes)
+    parser.add_argument("--tokens", nargs="+", default=[1024], help="tokens of a batch (default 1024)", **sizes)
     parser.add_argument("--vocabulary", nargs="+", default=[32768], help="vocabulary sizes (default 32768)", **sizes)
     parser.add_argument("--width", default=512, help="the student's width (default 512)", **sizes)
     parser.add_argument("--teacher-width", default=512, help="the teacher's, in the loss rows (default 512)", **sizes)
@@ -536,7 +536,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rounds: dict[str, Any] = {"type": functools.partial(whole, least=0), "metavar": "N", "default": 5}
     parser.add_argument("--rounds", help="timed rounds after one to warm up; 0 only compiles (default 5)", **rounds)
     parser.add_argument("--only", choices=("loss", "step"), help="only these rows")
-    parser.add_argument("--full", action="store_true", help="2048 and 8192 tokens by 32768 and 131072: about an hour")
+    parser.add_argument("--full", action="store_true", help="2048 and 8192 tokens by 32768 and 131072: hours on CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench", help="folder of benchmark.json (runs/bench)")
     options = parser.parse_args(argv)
     if options.full:

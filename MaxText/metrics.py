@@ -18,7 +18,7 @@ from MaxText import upstream
 from MaxText.pyconfig import ConfigError
 from MaxText.report import duration, readable, say
 
-Metrics = dict[str, dict[str, Any]]
+Metrics = dict[str, Any]
 
 # What an evaluation reports -> the sum it is made of, divided by the token count over the whole evaluation.
 EVALUATION = {
@@ -31,6 +31,8 @@ EVALUATION = {
     "evaluation/z_loss": "evaluation/z_loss_sum",
     "evaluation/moe_lb_loss": "evaluation/moe_lb_loss_sum",
 }
+# Means over a batch that upstream's evaluation adds up by these names.
+UPSTREAMS_MEANS = ("z_loss", "moe_lb_loss", "mtp_loss")
 
 
 class MetricLogger(upstream.metric_logger.MetricLogger):
@@ -46,12 +48,13 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
       ConfigError: metrics_file cannot be written.
     """
 
+    performance_metric_queue: Any
+
     def __init__(self, config: Any, learning_rate_schedule: Any, start_step: int, tflops_per_step: float):
         super().__init__(config=config, learning_rate_schedule=learning_rate_schedule, start_step=start_step)
         self.tflops_per_step = tflops_per_step
         self.last_completion = time.monotonic()
-        self.steps_timed = 0
-        self.seconds_timed = 0.0
+        self.first_step_at = self.last_completion
         if config.metrics_file and jax.process_index() == 0:
             keep_rows_before(config.metrics_file, config.run_name, start_step)
 
@@ -61,26 +64,37 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         """Leaves out of the next step's time what came before it: set-up, or an evaluation."""
         self.last_completion = time.monotonic()
 
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        while self.buffered_metrics:
+            self._flush_one_buffered_entry(self.buffered_metrics.pop(0))
+
     def time_step(self, metrics: Metrics) -> None:
         """Waits for a step and notes its time."""
         jax.block_until_ready(metrics["scalar"])
         now = time.monotonic()
-        scalars, seconds = metrics["scalar"], max(now - self.last_completion, 1e-9)
+        metrics["seconds"] = max(now - self.last_completion, 1e-9)
         self.last_completion = now
-        scalars["perf/step_time_seconds"] = seconds
-        for amount in ("perf/per_device_tflops", "perf/per_device_tokens"):
-            if amount in scalars:  # absent while the batch size ramps up
-                scalars[f"{amount}_per_sec"] = scalars[amount] / seconds
 
     def record_train_metrics(self, metrics: Metrics, step: int, step_time: float) -> None:
-        timed = metrics["scalar"].get("perf/step_time_seconds")
-        super().record_train_metrics(metrics, step, timed or 1.0)
-        if timed is None:
-            del metrics["scalar"]["perf/step_time_seconds"]
+        """Adds what needs no waiting; the time follows when the step is complete."""
+        queue: Any = self.performance_metric_queue
+        self.performance_metric_queue = None
+        super().record_train_metrics(metrics, step, step_time=1.0)
+        self.performance_metric_queue = queue
 
     def _flush_one_buffered_entry(self, entry: tuple) -> None:
-        if entry[0] == "train" and "perf/step_time_seconds" not in entry[2]["scalar"]:
-            self.time_step(entry[2])
+        kind, _, metrics, _ = entry
+        if kind == "train":
+            if "seconds" not in metrics:
+                self.time_step(metrics)
+            scalars, seconds = metrics["scalar"], metrics["seconds"]
+            scalars["perf/step_time_seconds"] = seconds
+            for amount in ("perf/per_device_tflops", "perf/per_device_tokens"):
+                if amount in scalars:  # absent while the batch size ramps up
+                    scalars[f"{amount}_per_sec"] = scalars[amount] / seconds
+            if self.performance_metric_queue:
+                self.performance_metric_queue.put(seconds)
         super()._flush_one_buffered_entry(entry)
 
     # What is written where --------------------------------------------------------------------------------------
@@ -108,6 +122,12 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             upstream.max_utils.add_text_to_summary_writer("num_model_parameters", str(count), self.writer)
             upstream.maxtext_utils.add_config_to_summary_writer(self.config, self.writer)
 
+    def _maybe_abort_after_write_metrics(self, metrics: Metrics) -> None:
+        loss = float(metrics["scalar"]["learning/loss"])
+        for key, found in (("abort_on_nan_loss", np.isnan(loss)), ("abort_on_inf_loss", np.isinf(loss))):
+            if found and getattr(self.config, key):
+                raise SystemExit(f"error: the loss is {loss}; {key}=false goes on nevertheless")
+
     # Evaluation: sums over its batches, one division ------------------------------------------------------------
 
     def _accumulate_eval_metrics(self, metrics: Metrics) -> None:
@@ -117,10 +137,13 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             z_loss_sum = float(scalars["evaluation/z_loss"]) * weights
             scalars["evaluation/z_loss_sum"] = z_loss_sum
             scalars["evaluation/ce_sum"] = float(scalars["evaluation/total_loss"]) - z_loss_sum
+            scalars["evaluation/moe_lb_loss_sum"] = float(scalars["evaluation/moe_lb_loss"]) * weights
             scalars["evaluation/n"] = weights
-        else:  # upstream's totals, by the names it adds up
-            scalars["evaluation/total_loss"] = scalars["evaluation/ce_sum"]
+        else:  # upstream's totals and means, by the names it adds up
+            n = max(float(scalars["evaluation/n"]), 1.0)
+            scalars["evaluation/total_loss"] = scalars["evaluation/ce_sum"] + scalars["evaluation/z_loss_sum"]
             scalars["evaluation/total_weights"] = scalars["evaluation/n"]
+            scalars |= {f"evaluation/{name}": scalars[f"evaluation/{name}_sum"] / n for name in UPSTREAMS_MEANS}
         super()._accumulate_eval_metrics({"scalar": scalars})
         total = self.cumulative_eval_metrics["scalar"]
         for name in (*EVALUATION.values(), "evaluation/n"):
@@ -141,24 +164,22 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
 
     def _log_training_metrics(self, metrics: Metrics, step: int) -> None:
         scalars = metrics["scalar"]
-        seconds = float(scalars["perf/step_time_seconds"])
-        if step > self.start_step:  # the first step's time holds what compilation is left
-            self.steps_timed += 1
-            self.seconds_timed += seconds
         parts = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"]
         parts.append(f"loss {float(scalars['learning/loss']):.4f}")
         for title, name in (("ce", "ce_loss"), ("kd", "kd_loss"), ("moe lb", "moe_lb_loss"), ("mtp", "mtp_loss")):
             value = float(scalars.get(f"learning/{name}", 0.0))
-            if value or name == "ce_loss":
+            if value:
                 parts.append(f"{title} {value:.4f}")
         parts.append(f"lr {float(scalars['learning/current_learning_rate']):.2e}")
         if "perf/per_device_tokens_per_sec" in scalars:  # absent while the batch size ramps up
             devices = jax.device_count()
             parts.append(f"{readable(float(scalars['perf/per_device_tokens_per_sec']) * devices)} tok/s")
             parts.append(f"{float(scalars['perf/per_device_tflops_per_sec']):.3g} TFLOP/s/device")
-        if self.steps_timed:
-            left = (self.config.steps - 1 - step) * self.seconds_timed / self.steps_timed
-            parts.append(f"{duration(left)} left")
+        if step > self.start_step:  # evaluations and saves count: they come again
+            passed = (time.monotonic() - self.first_step_at) / (step - self.start_step)
+            parts.append(f"{duration((self.config.steps - 1 - step) * passed)} left")
+        else:
+            self.first_step_at = time.monotonic()
         say(" | ".join(parts))
 
     def _log_eval_metrics(self, metrics: Metrics, step: int) -> None:
@@ -190,7 +211,9 @@ def keep_rows_before(path: str, run_name: str, start_step: int) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        kept = [line for line in lines if not is_later_row(line, run_name, start_step)]
+        rows = [parse_row(path, line, is_last=line is lines[-1]) for line in lines]
+        later = [row is None or (row.get("run_name") == run_name and row.get("step", -1) >= start_step) for row in rows]
+        kept = [line for line, drop in zip(lines, later, strict=True) if not drop]
         temporary = file.with_name(file.name + ".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, file)
@@ -198,9 +221,13 @@ def keep_rows_before(path: str, run_name: str, start_step: int) -> None:
         raise ConfigError(f"metrics_file={path!r}: cannot be written ({error.strerror})") from None
 
 
-def is_later_row(line: str, run_name: str, start_step: int) -> bool:
+def parse_row(path: str, line: str, is_last: bool) -> dict[str, Any] | None:
+    """A row of the metrics file; None for a last one that a killed process left unfinished."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:  # the process was killed within this row: its step is written again
-        return True
-    return row.get("run_name") == run_name and row.get("step", -1) >= start_step
+        if isinstance(row, dict):
+            return row
+    except json.JSONDecodeError:
+        if is_last:
+            return None
+    raise ConfigError(f"metrics_file={path!r}: is no metrics file, a line of it is {line[:40]!r}; nothing was changed")

@@ -27,7 +27,10 @@ REFUSED_WITH_KD: dict[str, tuple] = {
     "enable_diloco": (False,),
     "enable_mllog": (False,),
     "log_required_ragged_buffer_factor": (False,),
-    "moe_dropless_fallback": ("none", "layer", "", None),
+    "log_moe_bias_norms": (False,),
+    "log_step_diagnostics": (False,),
+    "moe_dropless_fallback": ("none", "", None),
+    "moe_log_max_load_ratio": (False,),
     "optimizer_memory_host_offload": (False,),
     "parameter_memory_host_offload": (False,),
     "shard_mode": ("auto",),
@@ -59,6 +62,13 @@ class KDKeys(pydantic.BaseModel):
     kd_teacher_overrides: dict[str, Any]
     kd_teacher_dtype: Literal["", "bfloat16", "float16", "float32"]
     kd_block_mib: int = pydantic.Field(gt=0)
+
+    @pydantic.field_validator("kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a number is expected")
+        return value
 
     @pydantic.field_validator(
         "kd_teacher_parameters_path", "kd_teacher_model_name", "kd_teacher_dtype", "kd_teacher_overrides", mode="before"
@@ -142,9 +152,12 @@ def initialize(argv: list[str]) -> Run:
     upstream.set_verbose(merged_flag(base, user, "log_config"))
     upstream.prepare_runtime()
     student = resolve("", merged, folder, arguments, schema)
+    check_run(student)
     kd = Distillation(**{key: getattr(student, key) for key in KDKeys.model_fields})
     if kd.use_kd:
         check_teacher_keys(kd, student, schema, pathlib.Path(path).parent)
+    # What the environment set (M_<KEY>) is the user's word, too.
+    user |= {key: getattr(student._pydantic_config, key) for key in environment_keys(schema)}
     return Run(student=student, kd=kd, user=user | {"config_folder": str(pathlib.Path(path).parent)})
 
 
@@ -247,6 +260,15 @@ def check_kd(user: dict[str, Any]) -> None:
         )
 
 
+def check_run(student: Any) -> None:
+    if "://" in (student.metrics_file or ""):
+        raise ConfigError(f"metrics_file={student.metrics_file!r}: a local path is expected")
+    if student.dataset_type == "synthetic" and student.eval_interval > 0 and student.eval_steps <= 0:
+        raise ConfigError(f"eval_steps={student.eval_steps}: synthetic data never ends; set the batches to evaluate on")
+    if student.elastic_enabled and not student.use_kd:
+        raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
+
+
 def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.BaseModel], folder: pathlib.Path) -> None:
     check_keys(kd.kd_teacher_overrides, schema, inside="kd_teacher_overrides: ")
     if kd.kd_teacher_model_name:
@@ -307,6 +329,16 @@ def preset_folder(key: str, name: str, config_folder: pathlib.Path) -> str:
     raise ConfigError(f"{key}={name!r}: no such model preset{suggestion(name, known)}")
 
 
+def preset_keys(name: str, config_folder: pathlib.Path) -> set[str]:
+    """The keys that the preset `name` sets."""
+    name = name.replace("-Instruct", "")
+    shipped = [pathlib.Path(folder) for folder in upstream.preset_folders()]
+    for folder in [*(f / "models" for f in (config_folder, config_folder.parent, CONFIGS)), *shipped]:
+        if (folder / f"{name}.yml").is_file():
+            return {str(key) for key in load_yml(str(folder / f"{name}.yml"))}
+    return set()
+
+
 # The teacher's configuration ----------------------------------------------------------------------------------------
 
 
@@ -342,6 +374,9 @@ def teacher_config(run: Run, scan_layers: bool | None) -> Any:
     name = run.kd.kd_teacher_model_name
     folder = pathlib.Path(run.user["config_folder"])
     user = {key: value for key, value in run.user.items() if key in upstream.known_keys(schema)}
+    if not name:  # the student's preset wins over its yml; what it set is the teacher's as well
+        by_preset = preset_keys(run.student.model_name, folder) & set(user)
+        user |= {key: getattr(run.student._pydantic_config, key) for key in by_preset}
     if name:
         shared = shared_keys() | ({"logical_axis_rules"} if "logical_axis_rules" in user else set())
         user = {key: value for key, value in user.items() if key in shared} | {"model_name": name}

@@ -73,11 +73,12 @@ def train_step(
     if config.skip_step_on_spikes:
         train_state.apply_gradients(grads, loss=metrics["learning/loss"], grad_norm=metrics["learning/grad_norm"])
         optimizer = nnx.to_pure_dict(nnx.state(train_state.optimizer))["opt_state"]
-        metrics["optim/step_skipped"] = optimizer["is_skipped"].astype(jnp.float32)
+        if "is_skipped" in optimizer:  # it lies deeper where some parameters are frozen
+            metrics["optim/step_skipped"] = optimizer["is_skipped"].astype(jnp.float32)
     else:
         train_state.apply_gradients(grads)
     if config.routed_bias and config.routed_bias_update_rate > 0:
-        add_routed_bias_updates(train_state.model, aux["intermediate_outputs"], config.param_scan_axis)
+        add_routed_bias_updates(train_state.model, aux["intermediate_outputs"], config)
     if config.use_qk_clip:
         clip = upstream.qk_clip_utils
         train_state = clip.apply_qk_clip_nnx(train_state, aux["intermediate_outputs"], config)
@@ -121,7 +122,9 @@ def distillation_loss(
     dropout = config.enable_dropout and is_train
     reported = forward(model, config, data, dropout)
     teacher_model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
-    teacher_reported = forward(teacher_model, models.teacher_config, data, enable_dropout=False)
+    # Routes that the data forces are the student's.
+    teacher_data = {key: value for key, value in data.items() if key != "forced_routed_experts"}
+    teacher_reported = forward(teacher_model, models.teacher_config, teacher_data, enable_dropout=False)
     if not is_train and config.mtp_eval_target_module > 0:
         # The acceptance rate compares MTP's heads with the model's own, on logits as dense as MTP's.
         (last,) = reported["decoder"]["hidden_states"]
@@ -171,10 +174,10 @@ def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -
     )
     mtp = {}
     if config.mtp_num_layers > 0:  # both are kinds of Intermediate: taken out first, or the general pop takes them too
-        heads = upstream.multi_token_prediction
+        kinds = upstream.multi_token_prediction
         mtp = {
-            "mtp_losses": nnx.pop(model, heads.mtp_losses).to_pure_dict(),
-            "mtp_acceptance": nnx.pop(model, heads.mtp_acceptance).to_pure_dict(),
+            "mtp_losses": nnx.pop(model, kinds.mtp_losses).to_pure_dict(),
+            "mtp_acceptance": nnx.pop(model, kinds.mtp_acceptance).to_pure_dict(),
         }
     reported = nnx.pop(model, nnx.Intermediate).to_pure_dict()
     return upstream.moe.finalize_deferred_intermediates(reported, config) | mtp
@@ -217,24 +220,28 @@ def loss_and_gradient(
     return aux, grads
 
 
-def add_routed_bias_updates(model: nnx.Module, reported: dict[str, Any], scan_axis: int) -> None:
+def add_routed_bias_updates(model: nnx.Module, reported: dict[str, Any], config: Any) -> None:
     """Moves each router's bias by what its layer reported (auxiliary-loss-free balancing, arXiv:2408.15664).
 
-    Scanned layers report [layers, experts]. Biases that are parameters are stacked along `scan_axis`; those that
-    MaxText keeps apart (MoEBiasVar), along the first.
+    Under gradient accumulation layers report tokens per expert, here added up over microbatches, not updates. Scanned
+    layers report [layers, experts]. Biases that are parameters are stacked along `param_scan_axis`; those that MaxText
+    keeps apart (MoEBiasVar), along the first.
     """
     for path, update in jax.tree_util.tree_leaves_with_path(reported):
         names = [part.key for part in path if hasattr(part, "key")]
         if "moe_bias_updates" not in names:
             continue
         update = jnp.asarray(update)
+        if jnp.issubdtype(update.dtype, jnp.integer):
+            rate = config.routed_bias_update_rate
+            update = upstream.moe.load_balance_updates_from_counts(update, config.num_experts, rate)
         layer = model
         for name in names[: names.index("moe_bias_updates")]:
             layer = layer[name] if isinstance(layer, (nnx.List, nnx.Dict)) else getattr(layer, str(name))
         for _, node in nnx.iter_graph(layer):
             if type(node).__name__ == "GateLogit" and node.bias is not None:
                 is_stacked_parameter = update.ndim == 2 and isinstance(node.bias, nnx.Param)
-                moved = jnp.moveaxis(update, 0, scan_axis) if is_stacked_parameter else update
+                moved = jnp.moveaxis(update, 0, config.param_scan_axis) if is_stacked_parameter else update
                 node.bias.set_value(node.bias.get_value() + moved)
 
 
@@ -242,17 +249,17 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
     """Scalars of one step from its sums, each divided once by the token count of the whole step."""
     n = jnp.maximum(sums["n"], 1)
     ce = sums["ce_sum"] / n
+    lm_loss = ce + sums["z_loss_sum"] / n  # as upstream means it: with the z-loss
     return {
         "learning/loss": sums["objective"] / n,
         "learning/ce_loss": ce,
-        "learning/lm_loss": ce,
-        "learning/perplexity": jnp.exp(ce),
+        "learning/lm_loss": lm_loss,
+        "learning/perplexity": jnp.exp(lm_loss),
         "learning/kd_loss": sums["kd_sum"] / n,
         "learning/teacher_ce_loss": sums["teacher_ce_sum"] / n,
         "learning/kd_kept_mass": sums["kept_mass_sum"] / n,
         "learning/z_loss": sums["z_loss_sum"] / n,
         "learning/moe_lb_loss": sums["moe_lb_loss_sum"] / n,
         "learning/mtp_loss": sums["mtp_loss_sum"] / n,
-        "learning/indexer_loss": jnp.float32(0),
         "learning/total_weights": sums["n"],
     }

@@ -4,8 +4,10 @@ The teacher is a graph definition and a state of arrays. No optimizer, no dropou
 state as an argument, reads it, and it is in no checkpoint of the student.
 """
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,8 +43,12 @@ class Checkpoint:
 
     @property
     def scan_layers(self) -> bool:
-        """Whether the layers are stacked in one array (MaxText's scan_layers), read off the names."""
-        return not any(re.fullmatch(r"(\w+_)?layers_\d+", part) for path in self.arrays for part in path)
+        """Whether the layers are stacked in one array (MaxText's scan_layers), read off the names.
+
+        Only those right below the decoder tell: a scanned block of unlike layers numbers them within itself.
+        """
+        below = {path[1] for path in self.arrays if path[0] == "decoder"}
+        return not any(re.fullmatch(r"(\w+_)?layers_\d+", name) for name in below)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +70,35 @@ def find_checkpoint(path: str) -> Checkpoint:
     """
     key = f"kd_teacher_parameters_path={path!r}"
     given = epath.Path(absolute(path))
-    if not given.exists():
-        raise ConfigError(f"{key}: no such path")
-    root = given.parent if given.name == "items" else given
-    for folder in (root, root / "checkpoints"):
-        steps = committed_steps(folder)
-        if steps:
-            root = folder / str(steps[-1])
-            break
-    name = "items" if (root / "items").exists() else None
-    try:
+    with unreadable_as_config_error(f"{key}: cannot be read"):
+        if not given.exists():
+            raise ConfigError(f"{key}: no such path")
+        root = given.parent if given.name == "items" else given
+        for folder in (root, root / "checkpoints"):
+            steps = committed_steps(folder)
+            if steps:
+                root = folder / str(steps[-1])
+                break
+        name = "items" if (root / "items").exists() else None
+    expected = ".../checkpoints/<step>/items, a parameters-only checkpoint, or a run's checkpoints folder"
+    with unreadable_as_config_error(f"{key}: no MaxText checkpoint; expected {expected}"):
         index = ocp.metadata(root, checkpointable_name=name).metadata
-    except (ValueError, OSError, KeyError, TypeError, ocp.errors.InvalidLayoutError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{key}: no MaxText checkpoint ({reason}); expected .../checkpoints/<step>/items, a parameters-only "
-            "checkpoint, or a run's checkpoints folder"
-        ) from None
     arrays = model_arrays(index)
     if not arrays:
         raise ConfigError(f"{key}: holds no model parameters (no `params` in it)")
     return Checkpoint(root=root, step=int(root.name) if root.name.isdigit() else None, arrays=arrays)
+
+
+@contextlib.contextmanager
+def unreadable_as_config_error(message: str) -> Iterator[None]:
+    """File systems and formats fail in types of their own; whichever, the path is what is wrong."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{message} ({reason})") from error
 
 
 def committed_steps(folder: epath.Path) -> list[int]:
@@ -140,7 +154,9 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
         enable_single_replica_ckpt_restoring=config.enable_single_replica_ckpt_restoring,
     ):
         name = "items" if (checkpoint.root / "items").exists() else None
-        tree = ocp.load(checkpoint.root, nnx.traversals.unflatten_mapping(requests), checkpointable_name=name)
+        key = f"kd_teacher_parameters_path={str(checkpoint.root)!r}"
+        with unreadable_as_config_error(f"{key}: cannot be restored"):
+            tree = ocp.load(checkpoint.root, nnx.traversals.unflatten_mapping(requests), checkpointable_name=name)
     restored = nnx.traversals.flatten_mapping(tree)
     for path, leaf in wanted.items():
         leaf.set_value(restored[checkpoint.arrays[path][0]])

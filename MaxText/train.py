@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         report.say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
-        upstream.pre_train.run(config, recorder)
+        with upstream.monitored(config, recorder), refusals_as_config_errors():
+            upstream.train_utils.validate_train_config(config)
+            upstream.pre_train.run(config, recorder)
         return
 
     with upstream.monitored(config, recorder):
@@ -122,7 +124,7 @@ def refusals_as_config_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
-        raise pyconfig.ConfigError(str(error) or type(error).__name__) from error
+        raise pyconfig.ConfigError(f"{str(error) or type(error).__name__} (log_config=true shows where)") from error
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------
@@ -151,9 +153,11 @@ def compile_steps(config: Any, kd: pyconfig.Distillation, student: Student, teac
     (train_step, train_arguments), (evaluate, eval_arguments) = jit_steps(config, kd, student, teacher, data, eval_data)
 
     options = upstream.max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags)
-    if not jax.config.jax_enable_pgle:  # profile-guided compilation compiles by itself, later
+    # Profile-guided compilation compiles by itself, later; a step that was loaded from a file is compiled.
+    if not jax.config.jax_enable_pgle and not config.compiled_trainstep_file:
         with jax.set_mesh(student.mesh), logical_axis_rules(rules):
             batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=data)
+            upstream.maxtext_utils.maybe_dump_jaxpr(config, train_step, (student.state, *train_arguments, batch))
             train_step.lower(student.state, *train_arguments, batch).compile(compiler_options=options)
         if evaluate is not None:
             with jax.set_mesh(student.mesh), logical_axis_rules(eval_rules):
@@ -188,6 +192,10 @@ def jit_steps(
         student.eval_data_iterator,
         student.params_shardings,
     )
+    eval_graphdef = upstream.pre_train.build_eval_graphdef(config, student.graphdef, student.state)
+    if plain_eval is not None and eval_graphdef is not None:
+        shardings, eval_step = student.state_shardings, upstream.pre_train.eval_step
+        plain_eval = upstream.train_utils.jit_eval_step(config, eval_graphdef, shardings, eval_data, eval_step)
     train_step: Jitted = plain_train, ()
     evaluate: Jitted = plain_eval, ()
     if kd.use_kd:
@@ -242,23 +250,29 @@ def train(config: Any, student: Student, steps: Steps, logger: "metrics_lib.Metr
                     logical_axis_rules(config.logical_axis_rules),
                 ):
                     state, step_metrics = steps.train(state, batch)
-            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
             upstream.dump_hlo_once(config, student.start_step, step_number, state)
-            if steps.evaluate is not None and evaluation_is_due(config, step_number):
+            evaluated = steps.evaluate is not None and evaluation_is_due(config, step_number)
+            if evaluated:
+                logger.flush()
                 logger.time_step(step_metrics)
                 evaluate(config, student, steps, state, logger)
-                logger.start_clock()
             profiler.maybe_deactivate_profiler(step_number, state)
             logger.buffer_and_write_metrics(step_metrics, step_number, NO_TIME)
-        if config.save_checkpoint_on_completion:
-            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator)
-        if manager is not None:
-            upstream.checkpointing.wait_until_finished(manager)
+            if evaluated:
+                logger.start_clock()
+            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
     except upstream.exceptions.StopTraining as reason:
         profiler.deactivate()
+        if upstream.is_data_failure(reason):
+            raise pyconfig.ConfigError(str(reason)) from reason
         report.say(f"training stopped: {reason}")
     finally:
         logger.flush_metrics_and_cleanup()
+    if manager is not None and config.save_checkpoint_on_completion:
+        with contextlib.suppress(upstream.exceptions.StopTraining):  # a termination signal, which stopped the loop
+            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator)
+    if manager is not None:
+        upstream.checkpointing.wait_until_finished(manager)
     if manager is not None:
         report.say(f"checkpoints: {config.checkpoint_dir}")
     return state
@@ -278,6 +292,7 @@ def evaluate(config: Any, student: Student, steps: Steps, state: nnx.State, logg
         student.eval_data_iterator.reset()
     assert steps.evaluate is not None
     logger.reset_eval_metrics()
+    count = 0
     for count, batch in enumerate(student.eval_data_iterator, start=1):
         batch = jax.device_put(batch, steps.eval_data_sharding)
         with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules_for_eval):
@@ -286,6 +301,8 @@ def evaluate(config: Any, student: Student, steps: Steps, state: nnx.State, logg
         # Before the next fetch: hosts whose data has ended would wait for one that goes on.
         if 0 < config.eval_steps <= count:
             break
+    if count == 0:
+        report.say("warning: the evaluation data holds no full batch: nothing was evaluated")
 
 
 def command_line(argv: Sequence[str]) -> None:

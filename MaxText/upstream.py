@@ -203,6 +203,11 @@ def tflops_per_step(config: Any, teacher_config: Any | None) -> float:
     return total
 
 
+def is_data_failure(reason: Exception) -> bool:
+    """Whether upstream's loader stopped the training because reading failed, rather than because the data ended."""
+    return str(reason).startswith("`next(self.data_iterator)` failed")
+
+
 def dump_hlo_once(config: Any, start_step: int, step: int, state: Any) -> None:
     """Uploads XLA's dump after the step that `dump_step` names (the first by default), when its compilation is over."""
     if not config.dump_hlo or step != (config.dump_step if config.dump_step >= 0 else start_step):

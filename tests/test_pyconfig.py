@@ -63,6 +63,15 @@ def test_a_teacher_of_the_same_architecture_differs_by_its_overrides_alone():
     assert (run.student.emb_dim, run.student.scan_layers, teacher.scan_layers) == (64, True, False)
 
 
+def test_a_teacher_without_a_preset_of_its_own_has_what_the_students_preset_set(tmp_path):
+    text = "base_config: base.yml\nmodel_name: tiny-qwen3\nnormalization_layer_epsilon: 0.001\nhardware: cpu\n"
+    (tmp_path / "mine.yml").write_text(text + "run_name: x\nskip_jax_distributed_system: true\n")
+    run = pyconfig.initialize(["train.py", str(tmp_path / "mine.yml"), *KD])
+    teacher = pyconfig.teacher_config(run, scan_layers=True)
+    assert run.student.normalization_layer_epsilon == teacher.normalization_layer_epsilon == 1e-6
+    assert teacher.emb_dim == run.student.emb_dim
+
+
 def test_a_teacher_with_a_preset_takes_nothing_of_the_students_architecture():
     changed = ("base_emb_dim=32", "base_num_decoder_layers=7", "rope_max_timescale=5000", "override_model_config=true")
     run = initialize(*KD, *changed, "kd_teacher_model_name=tiny-qwen3", "per_device_batch_size=2", "dtype=bfloat16")
@@ -87,6 +96,23 @@ def test_the_environment_of_the_student_does_not_reshape_the_teacher(monkeypatch
     monkeypatch.setenv("M_BASE_EMB_DIM", "32")
     run = pyconfig.initialize([*ENTRY, *KD, "override_model_config=true", "kd_teacher_model_name=tiny-qwen3"])
     assert pyconfig.teacher_config(run, scan_layers=True).emb_dim == 96
+
+
+def test_what_the_environment_says_of_the_run_holds_for_the_teacher_too(monkeypatch):
+    monkeypatch.setenv("M_REMAT_POLICY", "minimal")
+    run = initialize(*KD, "kd_teacher_model_name=tiny-qwen3")
+    assert pyconfig.teacher_config(run, scan_layers=True).remat_policy == run.student.remat_policy == "minimal"
+
+
+@pytest.mark.parametrize("key", ["kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib"])
+def test_true_is_no_number(key):
+    with pytest.raises(pyconfig.ConfigError, match=f"{key}=True: a number is expected"):
+        initialize(f"{key}=true")
+
+
+def test_an_evaluation_that_would_never_end_is_refused():
+    with pytest.raises(pyconfig.ConfigError, match="eval_steps=-1"):
+        initialize("eval_interval=2", "eval_steps=-1")
 
 
 @pytest.mark.parametrize("key", sorted(pyconfig.REFUSED_WITH_KD))

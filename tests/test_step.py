@@ -74,6 +74,29 @@ def test_the_gradient_is_that_of_the_blend_over_valid_positions(lab):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), expected, grads)
 
 
+def test_a_student_equal_to_its_teacher_has_the_kd_that_its_strategy_defines(tmp_path, teacher):
+    same = lab_lib.make(tmp_path, teacher, load_parameters_path=f"{teacher}/5/items")
+    batch, temperature = lab_lib.padded_batch(), 2.0
+    model = nnx.merge(same.models.teacher, same.teacher.state, copy=True)
+    with jax.set_mesh(same.student.mesh), logical_axis_rules(same.run.student.logical_axis_rules):
+        logits = np.asarray(logits_of(model, same.models.teacher_config, batch), np.float64)
+    p = np.exp(logits / temperature)
+    kept = np.sort(p / p.sum(-1, keepdims=True), axis=-1)[..., -8:].sum(-1)
+    valid = np.asarray(batch["targets_segmentation"]) != 0
+    expected = {
+        "renormalize": 0.0,
+        "other_bucket": 0.0,
+        "renormalize_teacher": -(temperature**2) * np.log(kept)[valid].mean(),
+    }
+    for strategy, kd in expected.items():
+        settings = {"kd_temperature": temperature, "kd_top_k": 8, "kd_truncation_strategy": strategy}
+        metrics, _ = loss_and_gradient(same, batch, **settings)
+        assert float(metrics["learning/kd_loss"]) == pytest.approx(kd, abs=1e-5)
+        assert float(metrics["learning/kd_kept_mass"]) == pytest.approx(kept[valid].mean(), rel=1e-5)
+    metrics, _ = loss_and_gradient(same, batch, kd_temperature=temperature)  # the whole vocabulary
+    assert float(metrics["learning/kd_loss"]) == pytest.approx(0, abs=1e-5)
+
+
 def test_what_stands_at_padding_changes_nothing(lab):
     batch = lab_lib.padded_batch()
     valid = batch["targets_segmentation"] != 0
@@ -112,6 +135,9 @@ def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _seconds, **_more: compilations.append(name) if "backend_compile" in name else None
     )
+    jax.jit(lambda x: x + 17)(1)
+    assert compilations, "the listener hears no compilation"
+    compilations.clear()
     for _ in range(3):
         with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
             state, metrics = steps.train(state, batch)

@@ -58,3 +58,12 @@ def test_training_checkpoints_keep_other_variables_under_nnx_aux():
     from maxtext.common import train_state_nnx
 
     assert 'linen_dict["nnx_aux"] = aux' in inspect.getsource(train_state_nnx.to_checkpoint_dict)
+
+
+@pytest.mark.e2e
+def test_shapes_of_a_train_state_come_from_functions_that_take_what_we_give():
+    assert parameters(upstream.maxtext_utils.get_abstract_state) == ["config", "mesh", "init_state_fn", "is_training"]
+    assert parameters(upstream.train_utils.create_training_optimizer) == ["config", "model", "mesh"]
+    assert parameters(upstream.train_state_nnx.TrainStateNNX.__init__)[1:3] == ["model", "optimizer"]
+    spec = upstream.topologies()["v5e-16"]
+    assert (spec.platform, spec.topology_name, spec.devices_per_slice) == ("tpu", "v5e:4x4", 16)

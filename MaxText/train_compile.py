@@ -86,6 +86,7 @@ def initialize(argv: list[str]) -> pyconfig.Run:
         settled.append("kd_teacher_parameters_path=unread")
     if topology := given.compile_topology:
         check_topology(str(topology))
+        upstream.set_verbose(str(given.log_config).lower() == "true")
         upstream.load_libtpu()
         settled.append(f"hardware={upstream.topologies()[topology].platform}")
         if given.compile_topology_num_slices == -1:

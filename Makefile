@@ -13,11 +13,12 @@ help: ## list the targets
 demo: $(STAMP) ## distil a student on real text, beside one trained without a teacher
 	$(PYTHON) scripts/demo.py
 
-test: $(STAMP) ## every test but the long matrix
-	$(PYTHON) -m pytest -m "not slow"
+JOBS ?= 2
+test: $(STAMP) ## every test but the long matrix, JOBS files at a time
+	$(PYTHON) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP) ## the long matrix
-	@$(PYTHON) -m pytest -m slow || { status=$$?; [ $$status = 5 ] && ! grep -rqE 'mark\.slow' tests || exit $$status; }
+	$(PYTHON) -m pytest -m slow -n $(JOBS) --dist loadfile
 
 check: $(STAMP) ## lint, format, types and the fast tests: before every commit
 	$(PYTHON) -m ruff check .

@@ -1,11 +1,19 @@
-"""Runs of the trainer that tests share: `python MaxText/train.py configs/smoke.yml key=value ...`, as typed."""
+"""Runs of the trainer that tests share: `python MaxText/train.py configs/smoke.yml key=value ...`, as typed.
 
+The engine takes some fifteen seconds to import. A server imports it once, before any device is touched, and each run
+is a fork of it: a process of its own, with arguments, environment and exit status of its own.
+"""
+
+import atexit
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
-import subprocess
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,14 +22,28 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs/smoke.yml")
 
 Rows = list[dict[str, Any]]
+RUN = itertools.count()
+
+# What a run imports.
+
+
+ENGINE = [
+    "maxtext.trainers.pre_train.train",
+    "MaxText.train",
+    "MaxText.heads",
+    "MaxText.metrics",
+    "MaxText.report",
+    "MaxText.step",
+    "MaxText.teacher",
+]
 
 
 class Result:
     """What a run left: its exit status, its output and the rows of its metrics file."""
 
-    def __init__(self, process: subprocess.CompletedProcess, folder: pathlib.Path):
-        self.status = process.returncode
-        self.output = process.stdout
+    def __init__(self, status: int, output: str, folder: pathlib.Path):
+        self.status = status
+        self.output = output
         self.folder = folder
 
     def rows(self, prefix: str = "learning/") -> Rows:
@@ -34,20 +56,47 @@ class Result:
 
 def environment(devices: int = 1) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def run_here(program: list[str], arguments: list[str], output: str, variables: dict[str, str]) -> None:
+    """Is `python <program> <arguments>` in a process that has just been forked."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    sys.argv = [program[-1], *arguments]
+    try:
+        if program[0] == "-m":
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program[0], run_name="__main__")
+    finally:  # multiprocessing leaves without them
+        atexit._run_exitfuncs()
+
+
+@contextlib.contextmanager
+def started(program: list[str], arguments: list[str], output: pathlib.Path, devices: int = 1) -> Iterator[Any]:
+    """A program under way, which is killed if it is still there at the end."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(ENGINE)
+    process = server.Process(target=run_here, args=(program, arguments, str(output), environment(devices)))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def execute(program: list[str], arguments: list[str], folder: pathlib.Path, devices: int = 1) -> Result:
-    process = subprocess.run(
-        [sys.executable, *program, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment(devices),
-        timeout=600,
-    )
-    return Result(process, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"output{next(RUN)}.txt"
+    with started(program, arguments, output, devices) as process:
+        process.join(600)
+        assert process.exitcode is not None, f"still running after 10 minutes:\n{output.read_text()[-4000:]}"
+        return Result(process.exitcode, output.read_text(), folder)
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,18 @@ def test_the_bound_of_top_p_is_the_kept_set(top_p, monkeypatch):
             assert not kept[np.isinf(logits)].any()
 
 
+@pytest.mark.parametrize("temperature", (1e-6, 1.0, 1e3))
+@pytest.mark.parametrize("scale", (1e-30, 1e-3, 1.0, 1e4))
+def test_the_bound_of_top_p_is_right_where_float32_ends(scale, temperature):
+    rng = np.random.default_rng(12)
+    alike, ties = np.full((1, 3000), scale), scale * rng.integers(0, 2, (1, 3000))
+    nearly_alike = scale * (1 + 1e-6 * rng.standard_normal((1, 3000)))
+    logits = np.concatenate([alike, -alike, ties, -ties + 0.0, nearly_alike]).astype(np.float32)
+    for top_p in (1e-9, 0.5, 0.9, float(np.nextafter(1.0, 0.0))):
+        kept = np.asarray(kept_by_bound(logits, temperature, top_p=top_p))
+        assert reference.is_nucleus(kept, logits, temperature=temperature, top_p=top_p).all()
+
+
 def test_a_nucleus_that_ends_among_ties_keeps_those_of_the_lowest_ids():
     # 599 equal tokens of mass 1 / 600 beside one of mass 1: 0.7501 of the whole needs the first 300 of them.
     logits = np.full((2, 1000), -np.inf, np.float32)

@@ -173,7 +173,8 @@ def kept_bound(
 ) -> KeptBound | None:
     """`kept_set` without a sort of the vocabulary, or None where K is the whole vocabulary.
 
-    top_k is one `lax.top_k`. top_p is one of 256 where the nucleus of every position fits into it, else a bisection.
+    top_k is one `lax.top_k`. top_p halves the range of logits in which the nucleus ends until 64 tokens are left in it
+    at most, and takes one `lax.top_k` of those; where equal logits keep it from that, it bisects their bits.
 
     Args:
         logits: float32. Of zeros the positive ones must not stand beside negative ones, which `lax.top_k` orders lower.
@@ -188,32 +189,95 @@ def kept_bound(
     return _top_p_bound(logits, temperature, top_p, vocabulary)
 
 
-# A nucleus of language is mostly smaller than this, and one selection of so many costs no more than a few visits.
-_SMALL_NUCLEUS = 256
+# Tokens that one selection puts in order at the end. Selecting more costs more than the visits that it saves.
+_CANDIDATES = 64
+# After so many halvings more tokens than candidates mostly means equal logits (bfloat16 has many).
+_MOST_HALVINGS = 14
+
+
+class _Bracket(NamedTuple):
+    """Where the nucleus ends: the tokens above `low` weigh the goal or more, those above `high` less."""
+
+    low: Float[Array, "n 1"]
+    high: Float[Array, "n 1"]
+    count_above_low: Float[Array, "n 1"]
+    count_above_high: Float[Array, "n 1"]
+    mass_above_high: Float[Array, "n 1"]
+
+    @property
+    def count(self) -> Float[Array, "n 1"]:
+        return self.count_above_low - self.count_above_high
 
 
 def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBound:
-    values, ids = vocabulary.top_k(logits, min(_SMALL_NUCLEUS, vocabulary.size(logits)))
-    maximum = values[:, :1]
+    maximum, negated_minimum = vocabulary.maxima(lambda _, logits: (logits, -logits), logits)
 
     def weight(logits):
         return jnp.exp((logits - maximum) / temperature)
 
-    goal = top_p * vocabulary.sums(lambda _, logits: weight(logits), logits)
-    crossed = jnp.cumsum(weight(values), axis=-1) >= goal
+    size = vocabulary.size(logits)
+    total = vocabulary.sums(lambda _, logits: weight(logits), logits)
+    goal = top_p * total
+    # Even if every token weighed (1 - top_p) total / size they would only just reach what lies outside the nucleus. One
+    # nat below that, no rounding matters.
+    low = maximum + temperature * (jnp.log((1.0 - top_p) * total / size) - 1.0)
+    low = jnp.maximum(
+        low, -negated_minimum - (maximum + negated_minimum) - temperature / 1024
+    )  # where logits are nearly all alike
+    none = jnp.zeros_like(total)
+    bracket = _halved(_Bracket(low, maximum, none + size, none, none), logits, weight, goal, vocabulary)
+
+    below = jnp.where(logits <= bracket.high, logits, -jnp.inf)
+    values, ids = vocabulary.top_k(below, min(_CANDIDATES, size))
+    crossed = bracket.mass_above_high + jnp.cumsum(weight(values), axis=-1) >= goal
+    # Sums in two orders round differently: where the candidates are all there is, the last of them crosses at the latest.
+    are_all = (bracket.count >= 1) & (bracket.count <= values.shape[-1])
+    crossed |= are_all & (jnp.arange(values.shape[-1]) >= bracket.count - 1)
     last = jnp.argmax(crossed, axis=-1, keepdims=True)
-    small = KeptBound(jnp.take_along_axis(values, last, axis=-1), jnp.take_along_axis(ids, last, axis=-1))
-    fits = crossed[:, -1:]
+    found = KeptBound(jnp.take_along_axis(values, last, axis=-1), jnp.take_along_axis(ids, last, axis=-1))
+    is_found = crossed[:, -1:]
 
-    def large() -> KeptBound:
-        bound = _bisected_bound(logits, weight, goal, fits, values[:, -1:], vocabulary)
-        return jax.tree.map(lambda found, bisected: jnp.where(fits, found, bisected), small, bound)
+    def by_key() -> KeptBound:
+        bound = _bisected_bound(logits, weight, goal, is_found, bracket, vocabulary)
+        return jax.tree.map(lambda found, bisected: jnp.where(is_found, found, bisected), found, bound)
 
-    return jax.lax.cond(jnp.all(fits), lambda: small, large)
+    return jax.lax.cond(jnp.all(is_found), lambda: found, by_key)
 
 
-def _bisected_bound(logits, weight, goal, is_settled, upper, vocabulary: Vocabulary) -> KeptBound:
-    """The bound of the shortest prefix that weighs at least `goal`, which ends at `upper` or below it.
+def _halved(bracket: _Bracket, logits, weight, goal, vocabulary: Vocabulary) -> _Bracket:
+    """The bracket, halved until no position has more tokens in it than candidates."""
+
+    def is_wide(bracket):
+        return bracket.count > _CANDIDATES
+
+    def halve(state):
+        number, bracket = state
+        middle = bracket.low + (bracket.high - bracket.low) / 2
+
+        def mass_and_count(_, logits):
+            above = logits > middle
+            return jnp.where(above, weight(logits), 0.0), jnp.where(above, 1.0, 0.0)
+
+        mass, count = vocabulary.sums(mass_and_count, logits)
+        # The positions that are done stay as they are: what they have in their bracket has been counted.
+        upper, lower = is_wide(bracket) & (mass >= goal), is_wide(bracket) & (mass < goal)
+        return number + 1, _Bracket(
+            low=jnp.where(upper, middle, bracket.low),
+            high=jnp.where(lower, middle, bracket.high),
+            count_above_low=jnp.where(upper, count, bracket.count_above_low),
+            count_above_high=jnp.where(lower, count, bracket.count_above_high),
+            mass_above_high=jnp.where(lower, mass, bracket.mass_above_high),
+        )
+
+    def goes_on(state):
+        number, bracket = state
+        return (number < _MOST_HALVINGS) & jnp.any(is_wide(bracket))
+
+    return jax.lax.while_loop(goes_on, halve, (0, bracket))[1]
+
+
+def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabulary: Vocabulary) -> KeptBound:
+    """The bound of the shortest prefix that weighs at least `goal`, which ends in the bracket.
 
     Positions that are settled are not searched; what they get has no meaning.
     """
@@ -230,8 +294,17 @@ def _bisected_bound(logits, weight, goal, is_settled, upper, vocabulary: Vocabul
 
         return vocabulary.sums(mass, in_loop(logits, key)) >= goal
 
-    above = _ordered_keys(upper) + 1
-    crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, jnp.zeros_like(above)), above))
+    def both_ends(_, logits):
+        inside = (logits > bracket.low) & (logits <= bracket.high)
+        return jnp.where(inside, logits, -jnp.inf), jnp.where(inside, -logits, -jnp.inf)
+
+    # The smallest and the largest logit of the bracket: the same one where only equal logits are left in it. Where a
+    # temperature far below the logits' own rounding has left none, all below `high` are searched.
+    largest, negated_smallest = vocabulary.maxima(both_ends, logits)
+    is_empty = jnp.isneginf(largest)
+    above = _ordered_keys(jnp.where(is_empty, bracket.high, largest)) + 1
+    low = jnp.where(is_empty, jnp.zeros_like(above), _ordered_keys(-negated_smallest))
+    crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, low), above))
 
     def mass_and_ties(_, logits):
         return jnp.where(logits > crossing, weight(logits), 0.0), jnp.where(logits == crossing, 1.0, 0.0)

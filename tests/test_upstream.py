@@ -1,69 +1,254 @@
 """The contract with the engine: what upstream.py and its users rely on, so that an upgrade fails here by name."""
 
+import ast
 import importlib.metadata
 import inspect
+import operator
+import textwrap
 
+import jax
+import jax.numpy as jnp
 import pytest
+from conftest import ROOT, SMOKE
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
 
-from MaxText import upstream
+from MaxText import pyconfig, upstream
+
+# What is called -> the names of the arguments that are given by position; after "|", of those given by keyword.
+CALLS = {
+    "checkpoint_context.build_context": (
+        "| use_ocdbt use_zarr3 checkpoint_storage_concurrent_gb partial_load enable_single_replica_ckpt_restoring"
+    ),
+    "checkpointing._should_save_checkpoint_at_step": "checkpoint_manager step config force",
+    "checkpointing.latest_step": "checkpoint_manager",
+    "checkpointing.maybe_save_checkpoint": "checkpoint_manager state config data_iterator step",
+    "checkpointing.wait_until_finished": "checkpoint_manager",
+    "embeddings.attend_on_embedding": "query embedding_table attend_dtype config",
+    "gcs_utils.upload_dump": "| local_dir target_dir module_name delete_local_after all_host_upload",
+    "goodput.create_goodput_recorder": "config",
+    "goodput.maybe_monitor_goodput": "config",
+    "goodput.maybe_record_goodput": "recorder event_name *args",
+    "goodput.record_goodput": "recorder event_name",
+    "gradient_accumulation.gradient_accumulation_loss_and_grad": (
+        "_loss_fn config model params params_shardings data dropout_rng"
+    ),
+    "input_pipeline_interface.create_data_iterator": "config mesh",
+    "max_utils.add_text_to_summary_writer": "key value summary_writer",
+    "max_utils.bootstrap_transformer_engine_cgemm": "config",
+    "max_utils.calculate_num_params_from_pytree": "params",
+    "max_utils.l2norm_pytree": "x",
+    "max_utils.maybe_get_transformer_engine_context": "config",
+    "max_utils.parse_libtpu_flags_to_dict": "flags_str",
+    "maxtext_utils.add_config_to_summary_writer": "config summary_writer",
+    "maxtext_utils.apply_gradient_clipping": "raw_grads state clipping_threshold",
+    "maxtext_utils.calculate_tflops_training_per_device": "config | log",
+    "maxtext_utils.calculate_tokens_training_per_device": "config",
+    "maxtext_utils.collect_intermediates_by_suffix": "intermediate_outputs *suffix_keys",
+    "maxtext_utils.get_abstract_state": "config mesh init_state_fn is_training",
+    "maxtext_utils.get_mesh_from_config": "config devices",
+    "maxtext_utils.get_shaped_batch": "config | batch_sharding is_eval",
+    "maxtext_utils.maybe_dump_jaxpr": "config p_train_step train_step_inputs",
+    "metric_logger.MetricLogger": "| config learning_rate_schedule start_step",
+    "metric_logger.MetricLogger._accumulate_eval_metrics": "self metrics",
+    "metric_logger.MetricLogger._finalize_eval_metrics": "self train_step",
+    "metric_logger.MetricLogger._flush_one_buffered_entry": "self entry",
+    "metric_logger.MetricLogger._is_profiler_boundary_step": "self step",
+    "metric_logger.MetricLogger._log_eval_metrics": "self metrics step",
+    "metric_logger.MetricLogger._log_training_metrics": "self metrics step",
+    "metric_logger.MetricLogger._maybe_abort_after_write_metrics": "self metrics",
+    "metric_logger.MetricLogger.buffer_and_write_metrics": "self metrics step step_time_delta | is_training",
+    "metric_logger.MetricLogger.flush_metrics_and_cleanup": "self",
+    "metric_logger.MetricLogger.record_train_metrics": "self metrics step | step_time",
+    "metric_logger.MetricLogger.reset_eval_metrics": "self",
+    "metric_logger.MetricLogger.write_metrics": "self metrics step metric_type",
+    "metric_logger.MetricLogger.write_metrics_locally": "self metrics step",
+    "metric_logger.MetricLogger.write_setup_info_to_tensorboard": "self params",
+    "metric_logger.record_activation_metrics": "output_metrics intermediate_outputs config",
+    "model_creation_utils.create_nnx_abstract_model": "config mesh",
+    "moe.finalize_deferred_intermediates": "intermediate_outputs config",
+    "moe.load_balance_updates_from_counts": "expert_counts num_experts rate",
+    "moe.uses_megatron_seq_aux_loss": "config",
+    "multi_token_prediction.calculate_mtp_acceptance_rate": "intermediate_outputs config",
+    "multi_token_prediction.calculate_mtp_loss": "intermediate_outputs config",
+    "pre_train.build_eval_graphdef": "config jit_model state",
+    "pre_train.eval_step": "model config state data dropout_rng",
+    "pre_train.get_first_step": "model state",
+    "pre_train.run": "config recorder",
+    "pre_train.train_step": "model config state_mesh_shardings params_shardings state data dropout_rng",
+    "profiler.Profiler": "config | offset_step",
+    "profiler.Profiler.deactivate": "self",
+    "profiler.Profiler.maybe_activate_profiler": "self step state",
+    "profiler.Profiler.maybe_deactivate_profiler": "self step state",
+    "pyconfig.HyperParameters": "pydantic_config",
+    "pyconfig._initialize_pydantic": "argv | config_class **kwargs",
+    "pyconfig._load_config": "config_name",
+    "qk_clip_utils.apply_qk_clip_nnx": "state intermediate_outputs config",
+    "qk_clip_utils.calculate_max_logit_metric": "intermediate_outputs",
+    "sharding.create_sharding": "mesh logical_names",
+    "sharding.get_input_data_sharding": "config mesh | rules",
+    "sharding.maybe_shard_with_name": "inputs named_sharding | shard_mode",
+    "sharding.maybe_update_params_sharding_with_opt": "config state_mesh_shardings",
+    "train_state_nnx.TrainStateNNX.__init__": "self model optimizer",
+    "train_state_nnx.TrainStateNNX.apply_gradients": "self grads | **kwargs",
+    "train_utils.create_training_optimizer": "config model | mesh",
+    "train_utils.jit_eval_step": "config model state_mesh_shardings data_sharding eval_step",
+    "train_utils.jit_train_and_eval_step": (
+        "config model mesh state state_mesh_shardings train_step eval_step eval_data_iterator params_shardings"
+    ),
+    "train_utils.maybe_apply_dcn_throttling": "config",
+    "train_utils.maybe_cleanup_dcn_throttling": "config",
+    "train_utils.prepare_before_run_start": (
+        "config state learning_rate_schedule start_step mesh data_loader shaped_batch"
+    ),
+    "train_utils.setup_train_loop": "config recorder",
+    "train_utils.validate_completed_steps": "completed_steps config_steps",
+    "train_utils.validate_train_config": "config",
+}
+
+# What is read.
+NAMES = [
+    "accelerator_to_spec_map.UserFacingNameToSystemCharacteristics",
+    "exceptions.StopTraining",
+    "globals.MAXTEXT_CONFIGS_DIR",
+    "goodput.GoodputEvent.STEP",
+    "goodput.RECORD_JOB_END_TIME",
+    "goodput.RECORD_JOB_START_TIME",
+    "metric_logger.MetadataKey.PER_DEVICE_TFLOPS",
+    "metric_logger.MetadataKey.PER_DEVICE_TOKENS",
+    "moe.MoEBiasVar",
+    "multi_token_prediction.mtp_acceptance",
+    "multi_token_prediction.mtp_losses",
+    "pre_train.VertexTensorboardManager",
+    "pre_train._TF_AVAILABLE",
+    "pre_train.tf",
+    "types.MaxTextConfig",
+    "types.TeCommGemmOverlapPolicy.DISABLED",
+]
+
+# Whose source says what no signature does -> pieces of it.
+SOURCES = {
+    # A config is resolved through a loader that can be replaced.
+    "pyconfig._initialize_pydantic": ["_load_config("],
+    # Accumulation reads what our loss gives, calls it with its five positions and is_train, and adds up the rest.
+    "gradient_accumulation.gradient_accumulation_loss_and_grad": [
+        *(f'aux["{key}"]' for key in ("xent_sum", "total_weights", "moe_lb_loss", "indexer_loss", "mtp_loss")),
+        "is_train=True", "jnp.sum(x, axis=0)",
+    ],
+    # The logger's buffer holds (kind, step, metrics, time).
+    "metric_logger.MetricLogger.buffer_and_write_metrics": [
+        'self.buffered_metrics.append(("train", step, metrics, step_time_delta))',
+        "self._flush_one_buffered_entry(self.buffered_metrics.pop(0))",
+        "self._pending_eval_step_count += 1",
+    ],
+    "metric_logger.MetricLogger._flush_one_buffered_entry": [
+        "self.write_metrics(metrics, step)", "self._accumulate_eval_metrics(", 'metric_type="running_eval"',
+    ],
+    "metric_logger.MetricLogger._accumulate_eval_metrics": [
+        f"evaluation/{name}" for name in ("total_loss", "total_weights", "z_loss", "moe_lb_loss", "mtp_loss")
+    ],
+    "metric_logger.MetricLogger.record_train_metrics": [
+        f'"{name}"' for name in ("learning/current_learning_rate", "perf/step_time_seconds", "perf/per_device_tflops",
+                                 "perf/per_device_tokens", "perf/per_device_tflops_per_sec",
+                                 "perf/per_device_tokens_per_sec")
+    ],
+    # Training checkpoints keep variables that are no parameters under nnx_aux.
+    "train_state_nnx.to_checkpoint_dict": ['linen_dict["nnx_aux"] = aux'],
+}  # fmt: skip
 
 
-def parameters(function) -> list[str]:
-    return list(inspect.signature(function).parameters)
+def engine(name):
+    """The engine's object of that name, as it is reached through upstream.py."""
+    try:
+        return operator.attrgetter(name)(upstream)
+    except AttributeError as error:
+        pytest.fail(f"{name} is gone: {error}")
 
 
 def test_the_engine_is_the_pinned_one():
     assert importlib.metadata.version("maxtext") == "0.2.5"
 
 
-def test_configuration_is_resolved_through_a_loader_that_can_be_replaced():
-    assert parameters(upstream.pyconfig._load_config) == ["config_name"]
-    assert parameters(upstream.pyconfig._initialize_pydantic) == ["argv", "config_class", "kwargs"]
-    assert "_load_config(" in inspect.getsource(upstream.pyconfig._initialize_pydantic)
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_finds_the_arguments_it_gives(name):
+    given, _, by_keyword = (part.split() for part in CALLS[name].partition("|"))
+    parameters = inspect.signature(engine(name)).parameters
+    kinds = inspect.Parameter
+    starred = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
+    named = {starred.get(parameter.kind, "") + key: parameter for key, parameter in parameters.items()}
+    positional = [key for key, parameter in named.items() if parameter.kind not in (kinds.KEYWORD_ONLY,)]
+    assert positional[: len(given)] == given, f"{name}: its parameters are now {list(named)}"
+    assert set(by_keyword) <= set(named), f"{name}: its parameters are now {list(named)}"
+    asked = [key for key, p in named.items() if p.default is p.empty and not key.startswith("*")]
+    assert set(asked) <= {*given, *by_keyword}, f"{name} asks for more: {asked}"
 
 
 @pytest.mark.e2e
-def test_the_step_finds_the_functions_it_calls_with_the_arguments_it_gives():
-    upstream_names = {
-        upstream.gradient_accumulation.gradient_accumulation_loss_and_grad: [
-            "_loss_fn", "config", "model", "params", "params_shardings", "data", "dropout_rng"],
-        upstream.maxtext_utils.apply_gradient_clipping: ["raw_grads", "state", "clipping_threshold"],
-        upstream.qk_clip_utils.apply_qk_clip_nnx: ["state", "intermediate_outputs", "config"],
-        upstream.multi_token_prediction.calculate_mtp_loss: ["intermediate_outputs", "config"],
-        upstream.moe.finalize_deferred_intermediates: ["intermediate_outputs", "config"],
-        upstream.pre_train.train_step: [
-            "model", "config", "state_mesh_shardings", "params_shardings", "state", "data", "dropout_rng"],
-    }  # fmt: skip
-    for function, expected in upstream_names.items():
-        assert parameters(function) == expected, function
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_read_is_there(name):
+    engine(name)
 
 
 @pytest.mark.e2e
-def test_gradient_accumulation_reads_the_keys_that_our_loss_gives():
-    source = inspect.getsource(upstream.gradient_accumulation.gradient_accumulation_loss_and_grad)
-    for key in ("xent_sum", "total_weights", "moe_lb_loss", "indexer_loss", "mtp_loss"):
-        assert f'aux["{key}"]' in source
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_function_does_within_itself_what_is_relied_on(name):
+    source = inspect.getsource(engine(name))
+    missing = [piece for piece in SOURCES[name] if piece not in source]
+    assert not missing, f"{name} no longer holds {missing}"
+
+
+def uses(file):
+    """The chains in a file that begin at `upstream.`, or within upstream.py at a module of the engine's."""
+    modules = {name.split(".")[0] for name in (*CALLS, *NAMES)}
+    for node in ast.walk(ast.parse(file.read_text())):
+        chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if file.name == "upstream.py" or chain.startswith("upstream."):
+            parts = chain.removeprefix("upstream.").split(".")
+            if len(parts) > 1 and parts[0] in modules and all(part.isidentifier() for part in parts):
+                yield ".".join(parts)
+
+
+def test_the_tables_name_every_use_of_the_engine():
+    def covered(use):
+        return any(f"{name}.".startswith(f"{use}.") or use.startswith(f"{name}.") for name in (*CALLS, *NAMES))
+
+    missing = {f"{file.name}: {use}" for file in ROOT.glob("MaxText/*.py") for use in uses(file) if not covered(use)}
+    assert not missing
 
 
 @pytest.mark.e2e
-def test_the_logger_has_the_hooks_that_ours_overrides():
-    logger = upstream.metric_logger.MetricLogger
-    for name in ("write_metrics", "write_metrics_locally", "write_setup_info_to_tensorboard", "_log_eval_metrics",
-                 "_accumulate_eval_metrics", "_finalize_eval_metrics", "_log_training_metrics"):  # fmt: skip
-        assert callable(getattr(logger, name))
+def test_the_set_up_returns_what_is_unpacked_in_that_order():
+    tree = ast.parse(textwrap.dedent(inspect.getsource(upstream.train_utils.setup_train_loop)))
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    names = [[item.id for item in value.elts] for value in returned if isinstance(value, ast.Tuple)]
+    assert names[-1] == [
+        "init_rng", "checkpoint_manager", "state_mesh_shardings", "model", "mesh", "learning_rate_schedule",
+        "data_iterator", "data_loader", "rampup_manager", "eval_data_iterator", "train_state",
+    ]  # fmt: skip
 
 
 @pytest.mark.e2e
-def test_training_checkpoints_keep_other_variables_under_nnx_aux():
-    from maxtext.common import train_state_nnx
+def test_a_decoder_that_tiles_the_vocabulary_reports_hidden_states_and_no_logits(tmp_path):
+    config = pyconfig.initialize(["train.py", SMOKE, f"base_output_directory={tmp_path}"]).student
+    mesh = upstream.maxtext_utils.get_mesh_from_config(config)
+    shape = (config.micro_batch_size_to_train_on, config.max_target_length)
+    tokens = jnp.ones(shape, jnp.int32)
 
-    assert 'linen_dict["nnx_aux"] = aux' in inspect.getsource(train_state_nnx.to_checkpoint_dict)
+    def call(settings):
+        model = upstream.model_creation_utils.create_nnx_abstract_model(settings, mesh)[0]()
+        output = model(tokens, tokens, decoder_segment_ids=tokens, enable_dropout=False)
+        reported = nnx.pop(model, nnx.Intermediate).to_pure_dict()
+        return output, reported.get("decoder", {}).get("hidden_states")
+
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        logits, hidden = jax.eval_shape(lambda: call(config))
+        assert logits.shape == (*shape, config.vocab_size) and hidden is None
+        logits, hidden = jax.eval_shape(lambda: call(upstream.with_vocab_tiling(config)))
+    assert logits is None
+    assert [x.shape for x in hidden] == [(*shape, config.emb_dim)]
 
 
-@pytest.mark.e2e
-def test_shapes_of_a_train_state_come_from_functions_that_take_what_we_give():
-    assert parameters(upstream.maxtext_utils.get_abstract_state) == ["config", "mesh", "init_state_fn", "is_training"]
-    assert parameters(upstream.train_utils.create_training_optimizer) == ["config", "model", "mesh"]
-    assert parameters(upstream.train_state_nnx.TrainStateNNX.__init__)[1:3] == ["model", "optimizer"]
+def test_a_topology_has_a_platform_a_name_and_a_size():
     spec = upstream.topologies()["v5e-16"]
     assert (spec.platform, spec.topology_name, spec.devices_per_slice) == ("tpu", "v5e:4x4", 16)

@@ -230,7 +230,7 @@ def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBoun
     below = jnp.where(logits <= bracket.high, logits, -jnp.inf)
     values, ids = vocabulary.top_k(below, min(_CANDIDATES, size))
     crossed = bracket.mass_above_high + jnp.cumsum(weight(values), axis=-1) >= goal
-    # Sums in two orders round differently: where the candidates are all there is, the last of them crosses at the latest.
+    # Sums in two orders round differently: where the candidates are all that the bracket holds, the last one crosses.
     are_all = (bracket.count >= 1) & (bracket.count <= values.shape[-1])
     crossed |= are_all & (jnp.arange(values.shape[-1]) >= bracket.count - 1)
     last = jnp.argmax(crossed, axis=-1, keepdims=True)

@@ -148,6 +148,8 @@ def kd_objective(
     targets: Int[Array, "B L"],
     mask: Bool[Array, "B L"],
     *,
+    alpha: Float[Array, ""],
+    temperature: Float[Array, ""],
     z_weight: float,
     evaluation: bool,
 ) -> tuple[Float[Array, ""], KDSums]:
@@ -159,6 +161,7 @@ def kd_objective(
       student: its configuration, head and normed hidden states.
       teacher: likewise; no gradient reaches it.
       targets, mask: token ids, and True where they count.
+      alpha, temperature: of the step at hand.
       z_weight: weight of the squared log-sum-exp of the student's logits.
       evaluation: also sum the full-vocabulary KL at T = 1 and the agreement.
 
@@ -171,8 +174,6 @@ def kd_objective(
         blockwise_kd,
         student_project=functools.partial(project, student[0]),
         teacher_project=functools.partial(project, teacher[0]),
-        alpha=kd.kd_alpha,
-        temperature=kd.kd_temperature,
         z_weight=z_weight,
         top_k=kd.kd_top_k,
         top_p=kd.kd_top_p,
@@ -183,8 +184,9 @@ def kd_objective(
         pooled_axis=layout.pooled_axes,
     )
 
-    def local(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask):
-        result = walk(flat(student_hidden), student_head, flat(teacher_hidden), teacher_head, flat(targets), flat(mask))
+    def local(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
+        arrays = flat(student_hidden), student_head, flat(teacher_hidden), teacher_head, flat(targets), flat(mask)
+        result = walk(*arrays, alpha=alpha, temperature=temperature)
         return jax.lax.psum(result, axes) if axes else result
 
     rows, heads = layout.tokens, (layout.head(student[0]), layout.head(teacher[0]))
@@ -192,10 +194,10 @@ def kd_objective(
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(hidden, heads[0], hidden, heads[1], rows, rows),
+        in_specs=(hidden, heads[0], hidden, heads[1], rows, rows, PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(),
     )
-    return sharded(student[2], student[1], teacher[2], teacher[1], targets, mask)
+    return sharded(student[2], student[1], teacher[2], teacher[1], targets, mask, alpha, temperature)
 
 
 def flat(x: Array) -> Array:

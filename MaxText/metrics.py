@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from MaxText import upstream
+from MaxText import failures, upstream
 from MaxText.pyconfig import ConfigError
 from MaxText.report import duration, readable, say
 
@@ -55,6 +55,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         self.tflops_per_step = tflops_per_step
         self.last_completion = time.monotonic()
         self.first_step_at = self.last_completion
+        self.state_is_finite = True  # after the last step that was written
         if config.metrics_file and jax.process_index() == 0:
             keep_rows_before(config.metrics_file, config.run_name, start_step)
 
@@ -104,6 +105,9 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             add_plain_ce(self.config, metrics["scalar"])
         if metric_type != "running_eval":  # upstream's running averages are rows of neither kind
             super().write_metrics(metrics, step, metric_type)
+        if metric_type == "train":
+            self.state_is_finite = failures.state_is_finite(metrics["scalar"])
+            self.stop_if_diverged(metrics["scalar"], step)
 
     def write_metrics_locally(self, metrics: Metrics, step: int) -> None:
         if jax.process_index() != 0:
@@ -123,10 +127,17 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             upstream.maxtext_utils.add_config_to_summary_writer(self.config, self.writer)
 
     def _maybe_abort_after_write_metrics(self, metrics: Metrics) -> None:
-        loss = float(metrics["scalar"]["learning/loss"])
-        for key, found in (("abort_on_nan_loss", np.isnan(loss)), ("abort_on_inf_loss", np.isinf(loss))):
-            if found and getattr(self.config, key):
-                raise SystemExit(f"error: the loss is {loss}; {key}=false goes on nevertheless")
+        """Upstream's, which knows neither the step nor the terms: `stop_if_diverged` does."""
+
+    def stop_if_diverged(self, scalars: Metrics, step: int) -> None:
+        what, values = failures.divergence(scalars, step)
+        config = self.config
+        for key, wanted, found in (
+            ("abort_on_nan_loss", config.abort_on_nan_loss, np.isnan(values).any()),
+            ("abort_on_inf_loss", config.abort_on_inf_loss, np.isinf(values).any()),
+        ):
+            if wanted and found:
+                raise failures.RunError(f"{what}. The newest checkpoint is of an earlier step; {key}=false goes on.")
 
     # Evaluation: sums over its batches, one division ------------------------------------------------------------
 
@@ -150,6 +161,13 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             if name in scalars:
                 total[name] += float(scalars[name])
 
+    def finish_evaluation(self, step: int) -> None:
+        """Writes what has been evaluated after `step`; raises upstream's StopTraining at the target loss."""
+        self.flush()
+        if self._pending_eval_step_count:
+            self._finalize_eval_metrics(step)
+        self.start_clock()
+
     def _finalize_eval_metrics(self, train_step: int) -> None:
         total = self.cumulative_eval_metrics["scalar"]
         n = max(total.pop("evaluation/n"), 1.0)
@@ -171,7 +189,8 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             if value:
                 parts.append(f"{title} {value:.4f}")
         parts.append(f"lr {float(scalars['learning/current_learning_rate']):.2e}")
-        if "perf/per_device_tokens_per_sec" in scalars:  # absent while the batch size ramps up
+        hidden = self.config.hide_profiler_step_metric and self._is_profiler_boundary_step(step)
+        if "perf/per_device_tokens_per_sec" in scalars and not hidden:  # absent while the batch size ramps up
             devices = jax.device_count()
             parts.append(f"{readable(float(scalars['perf/per_device_tokens_per_sec']) * devices)} tok/s")
             parts.append(f"{float(scalars['perf/per_device_tflops_per_sec']):.3g} TFLOP/s/device")

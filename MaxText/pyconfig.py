@@ -4,6 +4,7 @@ Whatever is wrong with the input is found here and raised as ConfigError: one me
 allowed. Left out on purpose: what only the teacher's checkpoint can tell (teacher.py).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -43,6 +44,15 @@ REFUSED_WITH_KD: dict[str, tuple] = {
     "warmup_programs_in_init": (False,),
 }
 
+# The keys that say where the data lies, by dataset_type.
+DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "grain": ("grain_file_type", "grain_train_files", "grain_eval_files", "grain_train_mixture_config_path"),
+    "hf": ("hf_path", "hf_name", "hf_data_dir", "hf_train_files", "hf_eval_files"),
+    "olmo_grain": ("olmo_index_path",),
+    "tfds": ("dataset_path", "dataset_name", "eval_dataset_name"),
+    "c4_mlperf": ("dataset_path", "dataset_name", "eval_dataset_name"),
+}
+
 
 class ConfigError(Exception):
     """Input that cannot be trained on. Its text names the key, the value and what is allowed."""
@@ -53,7 +63,13 @@ class KDKeys(pydantic.BaseModel):
 
     use_kd: bool
     kd_alpha: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
+    kd_alpha_schedule: Literal["constant", "linear", "cosine", "wsd"]
+    kd_alpha_start: float | None = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
+    kd_alpha_end: float | None = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_temperature: float = pydantic.Field(gt=0, allow_inf_nan=False)
+    kd_temperature_schedule: Literal["constant", "linear", "cosine", "wsd"]
+    kd_temperature_start: float | None = pydantic.Field(gt=0, allow_inf_nan=False)
+    kd_temperature_end: float | None = pydantic.Field(gt=0, allow_inf_nan=False)
     kd_top_k: int = pydantic.Field(ge=0)
     kd_top_p: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_truncation_strategy: Literal["renormalize", "other_bucket", "renormalize_teacher"]
@@ -62,8 +78,13 @@ class KDKeys(pydantic.BaseModel):
     kd_teacher_overrides: dict[str, Any]
     kd_teacher_dtype: Literal["", "bfloat16", "float16", "float32"]
     kd_block_mib: int = pydantic.Field(gt=0)
+    kd_teacher_max_ce: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    kd_allow_change: bool
 
-    @pydantic.field_validator("kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", mode="before")
+    @pydantic.field_validator(
+        "kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", "kd_teacher_max_ce",
+        "kd_alpha_start", "kd_alpha_end", "kd_temperature_start", "kd_temperature_end", mode="before",
+    )  # fmt: skip
     @classmethod
     def _true_is_no_number(cls, value: Any) -> Any:
         if isinstance(value, bool):
@@ -89,7 +110,7 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
     @property
     def teacher_in_step(self) -> bool:
         """Whether the train step runs the teacher; evaluation always does under use_kd."""
-        return self.use_kd and self.kd_alpha > 0
+        return self.use_kd and (self.kd_alpha > 0 or self.kd_alpha_schedule != "constant")
 
     def warnings(self) -> list[str]:
         if not (self.teacher_in_step and self.truncates and self.kd_truncation_strategy == "renormalize"):
@@ -97,7 +118,7 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
         found = []
         if self.kd_top_k == 1:
             found.append("kd_top_k=1 with kd_truncation_strategy=renormalize: one token is kept, the KL is always 0.")
-        if self.kd_alpha == 1:
+        if {self.kd_alpha_start, self.kd_alpha, self.kd_alpha_end} <= {1, None}:
             found.append(
                 "kd_alpha=1 with kd_truncation_strategy=renormalize: nothing sees the probability that the student "
                 "puts outside the kept tokens. Use other_bucket, or kd_alpha < 1."
@@ -141,7 +162,8 @@ def initialize(argv: list[str]) -> Run:
     user = resolved_keys(base, omegaconf.OmegaConf.merge(user_files, command_line))
     schema = config_class()
     check_keys(user, schema)
-    check_kd(user | environment_keys(KDKeys))
+    if check_kd(user | environment_keys(KDKeys)).use_kd:  # before the engine finds another fault with the same keys
+        check_refused(refusable(user | environment_keys(schema), schema))
     merged = omegaconf.OmegaConf.merge(base, user_files)
     output = user.get("base_output_directory")
     if output and "M_BASE_OUTPUT_DIRECTORY" not in os.environ:  # checkpoints want an absolute path
@@ -244,7 +266,7 @@ def suggestion(word: str, known: Any) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def check_kd(user: dict[str, Any]) -> None:
+def check_kd(user: dict[str, Any]) -> KDKeys:
     """Checks the kd_* keys alone: their errors need neither the engine nor a device."""
     defaults = load_yml(str(CONFIGS / "base.yml"))
     values = {key: user.get(key, defaults[key]) for key in KDKeys.model_fields}
@@ -258,6 +280,78 @@ def check_kd(user: dict[str, Any]) -> None:
         raise ConfigError(
             "kd_teacher_parameters_path='': use_kd=true needs the teacher's checkpoint, a local path or gs://"
         )
+    for quantity in ("kd_alpha", "kd_temperature"):
+        check_schedule_keys(quantity, kd)
+    return kd
+
+
+# The form of a schedule -> which of its _start and _end it reads: at least one of them, and of linear and cosine all.
+SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "linear": ("end",),
+    "cosine": ("end",),
+    "wsd": ("start", "end"),
+}
+
+
+def check_schedule_keys(quantity: str, kd: KDKeys) -> None:
+    form = getattr(kd, f"{quantity}_schedule")
+    given = [part for part in ("start", "end") if getattr(kd, f"{quantity}_{part}") is not None]
+    for part in given:
+        if part not in SCHEDULE_KEYS[form]:
+            readers = " or ".join(name for name, parts in SCHEDULE_KEYS.items() if part in parts)
+            key = f"{quantity}_{part}"
+            raise ConfigError(
+                f"{key}={getattr(kd, key)}: {quantity}_schedule={form} does not read it; it belongs to {readers}"
+            )
+    if SCHEDULE_KEYS[form] and not given:
+        needed = " or ".join(f"{quantity}_{part}" for part in SCHEDULE_KEYS[form])
+        raise ConfigError(f"{quantity}_schedule={form}: needs {needed}")
+
+
+def check_schedule_phases(quantity: str, kd: KDKeys, student: Any) -> None:
+    """wsd follows the phases of the learning rate; each that it moves in must exist."""
+    key = f"{quantity}_schedule"
+    if getattr(kd, key) != "wsd":
+        return
+    kind = student.lr_schedule_type
+    if getattr(kind, "value", kind) != "wsd":
+        raise ConfigError(
+            f"{key}=wsd lr_schedule_type={getattr(kind, 'value', kind)}: the learning rate has no such phases; set "
+            f"lr_schedule_type=wsd, or {key} to linear or cosine"
+        )
+    phases = upstream.wsd_phases(student)
+    for part, name, steps, fraction in (
+        ("start", "warm-up", phases.warmup, "warmup_steps_fraction"),
+        ("end", "decay", phases.decay, "wsd_decay_steps_fraction"),
+    ):
+        moved = f"{quantity}_{part}"
+        if getattr(kd, moved) is not None and steps == 0:
+            raise ConfigError(
+                f"{moved}={getattr(kd, moved)} {fraction}={getattr(student, fraction)}: the learning rate's {name} has "
+                f"no step out of {student.learning_rate_schedule_steps} (learning_rate_schedule_steps)"
+            )
+
+
+def refusable(settings: dict[str, Any], schema: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """The settings of REFUSED_WITH_KD, as their key's type; where a value is of another, the engine says so."""
+    found = {}
+    for key in settings.keys() & REFUSED_WITH_KD.keys():
+        kind: Any = schema.model_fields[key].annotation
+        with contextlib.suppress(pydantic.ValidationError):
+            found[key] = pydantic.TypeAdapter(kind).validate_python(settings[key])
+    return found
+
+
+def check_refused(settings: dict[str, Any]) -> None:
+    for key, fine in REFUSED_WITH_KD.items():
+        value = settings.get(key, fine[0])
+        value = getattr(value, "value", value)
+        if value not in fine:
+            allowed = [repr(other) for other in fine if other not in ("", None)] or [repr(fine[0])]
+            raise ConfigError(
+                f"{key}={value!r}: not supported together with use_kd=true; allowed is {' or '.join(allowed)}"
+            )
 
 
 def check_run(student: Any) -> None:
@@ -275,10 +369,9 @@ def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.Bas
         preset_folder("kd_teacher_model_name", kd.kd_teacher_model_name, folder)
     if kd.kd_top_k > student.vocab_size:
         raise ConfigError(f"kd_top_k={kd.kd_top_k}: at most the vocabulary size, {student.vocab_size}")
-    for key, fine in REFUSED_WITH_KD.items():
-        value = getattr(student, key)
-        if getattr(value, "value", value) not in fine:
-            raise ConfigError(f"{key}={value!r}: not supported together with use_kd=true; allowed is {fine[0]!r}")
+    for quantity in ("kd_alpha", "kd_temperature"):
+        check_schedule_phases(quantity, kd, student)
+    check_refused({key: getattr(student, key) for key in REFUSED_WITH_KD})
     if student.lora.enable_lora:
         raise ConfigError("lora.enable_lora=True: not supported together with use_kd=true; allowed is False")
     if student.quantization and "fp8" in student.quantization:
@@ -306,6 +399,13 @@ def describe(error: pydantic.ValidationError) -> str:
         key = ".".join(map(str, item["loc"]))
         lines.append(f"{key}={item['input']!r}: {message}" if key else message)
     return "\n".join(lines)
+
+
+def data_settings(config: Any) -> str:
+    """What says where the data lies, as key=value ...: for errors about it."""
+    kind = getattr(config.dataset_type, "value", config.dataset_type)
+    values = {"dataset_type": kind} | {key: getattr(config, key) for key in DATA_KEYS.get(kind, ())}
+    return " ".join(f"{key}={value!r}" for key, value in values.items() if value)
 
 
 # Presets ------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,21 @@ def loss_text(kd: pyconfig.Distillation) -> str:
     if kd.truncates:
         size = f"top {kd.kd_top_k}" if kd.kd_top_k else f"top-p {kd.kd_top_p:g}"
         kept = f"the teacher's {size} ({kd.kd_truncation_strategy})"
-    return f"{1 - kd.kd_alpha:g} CE + {kd.kd_alpha:g} T^2 KL(teacher || student) over {kept}, T = {kd.kd_temperature:g}"
+    weights = f"{1 - kd.kd_alpha:g} CE + {kd.kd_alpha:g}"
+    course = schedule_text(kd.kd_alpha_schedule, kd.kd_alpha_start, kd.kd_alpha, kd.kd_alpha_end)
+    alpha = ""
+    if kd.kd_alpha_schedule != "constant":
+        weights, alpha = "(1 - a) CE + a", f", a = {course}"
+    course = schedule_text(
+        kd.kd_temperature_schedule, kd.kd_temperature_start, kd.kd_temperature, kd.kd_temperature_end
+    )
+    return f"{weights} T^2 KL(teacher || student) over {kept}{alpha}, T = {course}"
+
+
+def schedule_text(form: str, start: float | None, value: float, end: float | None) -> str:
+    """The values that a schedule leads through, in order, and its form."""
+    values = " to ".join(f"{x:g}" for x in (start, value, end) if x is not None)
+    return values if form == "constant" else f"{values} ({form})"
 
 
 def data_text(config: Any) -> str:

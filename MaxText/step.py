@@ -6,13 +6,14 @@ Left out on purpose: use_kd=false, which runs upstream's own step.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from MaxText import heads, upstream
+from MaxText import heads, schedules, upstream
 from MaxText.pyconfig import Distillation
 
 Batch = dict[str, jax.Array]
@@ -41,6 +42,10 @@ class Models:
     kd: Distillation
     mesh: jax.sharding.Mesh
 
+    @functools.cached_property
+    def schedules(self) -> schedules.Schedules:
+        return schedules.build(self.kd, self.config)
+
 
 def train_step(
     models: Models, params_shardings: nnx.State, state: nnx.State, teacher: nnx.State, batch: Batch
@@ -52,9 +57,10 @@ def train_step(
     """
     config = models.config
     train_state = nnx.merge(models.student, state)
+    alpha, temperature = models.schedules.at(train_state.optimizer.step[...])
 
     def loss_fn(model, config, data, dropout_rng, params, is_train=True):  # upstream's signature
-        return distillation_loss(models, model, teacher, data, is_train)
+        return distillation_loss(models, model, teacher, data, is_train, alpha, temperature)
 
     if config.gradient_accumulation_steps > 1:
         _, aux, raw_grads = upstream.gradient_accumulation.gradient_accumulation_loss_and_grad(
@@ -68,6 +74,7 @@ def train_step(
         grads = upstream.maxtext_utils.apply_gradient_clipping(raw_grads, None, config.gradient_clipping_threshold)
 
     metrics = training_metrics(models, aux["sums"])
+    metrics |= {"learning/kd_alpha": alpha, "learning/kd_temperature": temperature}
     metrics["learning/grad_norm"] = upstream.max_utils.l2norm_pytree(grads)
     metrics["learning/raw_grad_norm"] = upstream.max_utils.l2norm_pytree(raw_grads)
     if config.skip_step_on_spikes:
@@ -93,9 +100,13 @@ def train_step(
 
 
 def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch) -> dict[str, Scalars]:
-    """Sums over one evaluation batch; metrics.py adds them up and divides by the token count of all batches."""
-    model = nnx.merge(models.student, state).model
-    _, aux = distillation_loss(models, model, teacher, batch, is_train=False)
+    """Sums over one evaluation batch; metrics.py adds them up and divides by the token count of all batches.
+
+    The temperature is that of the update which the evaluation follows.
+    """
+    train_state = nnx.merge(models.student, state)
+    alpha, temperature = models.schedules.before(train_state.optimizer.step[...])
+    _, aux = distillation_loss(models, train_state.model, teacher, batch, False, alpha, temperature)
     sums = aux["sums"]
     scalars = {f"evaluation/{name}": value for name, value in sums.items()}
     if models.config.mtp_eval_target_module > 0:
@@ -105,7 +116,13 @@ def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch
 
 
 def distillation_loss(
-    models: Models, model: nnx.Module, teacher: nnx.State, data: Batch, is_train: bool
+    models: Models,
+    model: nnx.Module,
+    teacher: nnx.State,
+    data: Batch,
+    is_train: bool,
+    alpha: jax.Array,
+    temperature: jax.Array,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The objective of one (micro)batch and the sums it is made of.
 
@@ -139,6 +156,8 @@ def distillation_loss(
         (models.teacher_config, heads.head_of(teacher_model, models.teacher_config), teacher_hidden),
         data["targets"],
         data["targets_segmentation"] != 0,
+        alpha=alpha,
+        temperature=temperature,
         z_weight=config.z_loss_multiplier,
         evaluation=not is_train,
     )

@@ -3,7 +3,8 @@
     python MaxText/train.py <config>.yml use_kd=true kd_teacher_parameters_path=<checkpoint> key=value ...
 
 The story, from top to bottom: configuration, student and data, teacher, steps, loop. Order matters: a wrong key is
-reported before the engine is imported, a wrong checkpoint before the student's state is made.
+reported before the engine is imported, a wrong checkpoint before the student's state is made. What a run survives, and
+what a restart is held to: docs/design/restarts.md.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,13 +25,13 @@ from flax.core.spmd import logical_axis_rules
 from MaxText import pyconfig, upstream
 
 with epy.lazy_imports():
-    from MaxText import heads, report, step
+    from MaxText import failures, heads, manifest, report, sanity, step, termination
     from MaxText import metrics as metrics_lib
     from MaxText import teacher as teacher_lib
 
 
 def main(argv: Sequence[str]) -> None:
-    # 1. Configuration. Everything that is wrong with the input is raised as ConfigError, here or in 2 and 3.
+    # 1. Configuration. Everything that is wrong with the input is raised as ConfigError, here or before the loop.
     run = pyconfig.initialize(list(argv))
     config, kd = run.student, run.kd
     for warning in kd.warnings():
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         report.say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
-        with upstream.monitored(config, recorder), refusals_as_config_errors():
+        with upstream.monitored(config, recorder), refusals_as_config_errors(pyconfig.data_settings(config)):
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
@@ -56,16 +58,21 @@ def main(argv: Sequence[str]) -> None:
         teacher = None
         if kd.use_kd:
             teacher = teacher_lib.load(teacher_config, checkpoint, student.mesh, kd.kd_teacher_dtype)
+        manifest.keep(config, kd, teacher, student.checkpoint_manager)  # a resumed run goes on as it began
 
         # 4. Steps: compiled before the loop, so that step 0 costs what every step costs.
         steps = compile_steps(config, kd, student, teacher)
+        report.header(run, student, teacher)
+        look = None  # at the teacher, on one batch: of evaluation or else the first of training
+        if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.teacher_in_step:
+            look = functools.partial(sanity.check_on_first_step, config, kd)
+
+        # 5. Loop.
         flops = upstream.tflops_per_step(config, teacher_config if kd.teacher_in_step else None)
         logger = metrics_lib.MetricLogger(config, student.learning_rate_schedule, start_step, flops)
         logger.write_setup_info_to_tensorboard(nnx.state(student.state, nnx.Param))
-        report.header(run, student, teacher)
-
-        # 5. Loop.
-        train(config, student, steps, logger, recorder)
+        with termination.noticed() as notice, failures.writing(config, student.checkpoint_manager):
+            train(config, student, steps, logger, recorder, notice, look)
 
 
 @dataclasses.dataclass
@@ -92,7 +99,7 @@ def set_up_student(config: Any, recorder: Any) -> Student:
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
     """
-    with refusals_as_config_errors():
+    with refusals_as_config_errors(pyconfig.data_settings(config)):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
             upstream.train_utils.setup_train_loop(config, recorder)
@@ -119,12 +126,19 @@ def set_up_student(config: Any, recorder: Any) -> Student:
 
 
 @contextlib.contextmanager
-def refusals_as_config_errors() -> Iterator[None]:
-    """What upstream raises while it sets up a run is about the user's input; log_config=true shows its traceback."""
+def refusals_as_config_errors(data: str = "") -> Iterator[None]:
+    """What upstream raises while it sets up a run is about the user's input; log_config=true shows its traceback.
+
+    Args:
+      data: the settings that say where the data lies; they open the message where the data is what is wrong.
+    """
     try:
         yield
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
-        raise pyconfig.ConfigError(f"{str(error) or type(error).__name__} (log_config=true shows where)") from error
+        passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+        about = f"{data}: " if data and any(name.startswith("maxtext.input_pipeline") for name in passed) else ""
+        what = str(error) or type(error).__name__
+        raise pyconfig.ConfigError(f"{about}{what} (log_config=true shows where)") from error
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------
@@ -230,9 +244,24 @@ NO_TIME = datetime.timedelta(0)  # the logger takes the time of a step itself, w
 # Loop -----------------------------------------------------------------------------------------------------------------
 
 
-def train(config: Any, student: Student, steps: Steps, logger: "metrics_lib.MetricLogger", recorder: Any) -> nnx.State:
-    """Runs the steps that are left. Step n is dispatched before step n - 1 is logged."""
-    state, manager = student.state, student.checkpoint_manager
+def train(
+    config: Any,
+    student: Student,
+    steps: Steps,
+    logger: "metrics_lib.MetricLogger",
+    recorder: Any,
+    notice: "termination.Notice",
+    look: Callable[[dict[str, Any]], None] | None,
+) -> nnx.State:
+    """Runs the steps that are left. Step n is dispatched before step n - 1 is logged.
+
+    Args:
+      notice: of a termination signal, which ends the loop after the step at hand.
+      look: is shown the first step's metrics before anything of that step is logged or saved; may raise.
+    """
+    state = student.state
+    done = evaluated = student.start_step - 1
+    terminated = False
     profiler = upstream.profiler.Profiler(config, offset_step=student.start_step)
     shaped = upstream.maxtext_utils.get_shaped_batch(config)
     upstream.train_utils.prepare_before_run_start(
@@ -251,31 +280,55 @@ def train(config: Any, student: Student, steps: Steps, logger: "metrics_lib.Metr
                 ):
                     state, step_metrics = steps.train(state, batch)
             upstream.dump_hlo_once(config, student.start_step, step_number, state)
-            evaluated = steps.evaluate is not None and evaluation_is_due(config, step_number)
-            if evaluated:
-                logger.flush()
-                logger.time_step(step_metrics)
-                evaluate(config, student, steps, state, logger)
-            profiler.maybe_deactivate_profiler(step_number, state)
+            if look is not None and step_number == student.start_step:
+                look(step_metrics["scalar"])
             logger.buffer_and_write_metrics(step_metrics, step_number, NO_TIME)
-            if evaluated:
-                logger.start_clock()
-            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
+            done = step_number
+            if steps.evaluate is not None and evaluation_is_due(config, step_number):
+                evaluated = step_number
+                evaluate(config, student, steps, state, logger, step_number)
+            profiler.maybe_deactivate_profiler(step_number, state)
+            save(config, student, state, logger, step_number)
+            if notice.received:
+                raise upstream.exceptions.StopTraining("SIGTERM has come")
     except upstream.exceptions.StopTraining as reason:
         profiler.deactivate()
         if upstream.is_data_failure(reason):
-            raise pyconfig.ConfigError(str(reason)) from reason
+            raise pyconfig.ConfigError(f"{pyconfig.data_settings(config)}: {reason}") from reason
         report.say(f"training stopped: {reason}")
+        terminated = upstream.is_termination(reason)  # there is little time then: the restart evaluates
+        if steps.evaluate is not None and evaluated < done and not terminated:
+            with contextlib.suppress(upstream.exceptions.StopTraining):
+                evaluate(config, student, steps, state, logger, done)
     finally:
         logger.flush_metrics_and_cleanup()
-    if manager is not None and config.save_checkpoint_on_completion:
+    if config.save_checkpoint_on_completion or terminated:
         with contextlib.suppress(upstream.exceptions.StopTraining):  # a termination signal, which stopped the loop
-            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator)
-    if manager is not None:
-        upstream.checkpointing.wait_until_finished(manager)
-    if manager is not None:
+            save(config, student, state, logger)
+    if student.checkpoint_manager is not None:
+        with failures.saving(config):
+            upstream.checkpointing.wait_until_finished(student.checkpoint_manager)
         report.say(f"checkpoints: {config.checkpoint_dir}")
     return state
+
+
+def save(
+    config: Any, student: Student, state: nnx.State, logger: "metrics_lib.MetricLogger", step_number: int | None = None
+) -> None:
+    """Saves if a save is due, after the last step (None) if it was not.
+
+    Before it the step's row is written, so that no restart misses it, and its state is known to be finite.
+    """
+    manager = student.checkpoint_manager
+    if manager is None:
+        return
+    if step_number is None or upstream.save_is_due(manager, config, step_number):
+        logger.flush()
+        if not logger.state_is_finite:
+            report.say("warning: not saved: the state is not finite")
+            return
+    with failures.saving(config):
+        upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
 
 
 def evaluation_is_due(config: Any, step_number: int) -> bool:
@@ -286,8 +339,15 @@ def evaluation_is_due(config: Any, step_number: int) -> bool:
     return step_number == config.steps - 1 or (since >= 0 and since % config.eval_interval == 0)
 
 
-def evaluate(config: Any, student: Student, steps: Steps, state: nnx.State, logger: Any) -> None:
-    """Hands the sums of every evaluation batch to the logger, which divides them once."""
+def evaluate(
+    config: Any, student: Student, steps: Steps, state: nnx.State, logger: "metrics_lib.MetricLogger", step_number: int
+) -> None:
+    """Hands the sums of every evaluation batch to the logger, which divides them once.
+
+    Raises:
+      StopTraining: the target loss is reached.
+    """
+    logger.flush()  # the step's own time ends here
     if hasattr(student.eval_data_iterator, "reset"):
         student.eval_data_iterator.reset()
     assert steps.evaluate is not None
@@ -303,18 +363,19 @@ def evaluate(config: Any, student: Student, steps: Steps, state: nnx.State, logg
             break
     if count == 0:
         report.say("warning: the evaluation data holds no full batch: nothing was evaluated")
+    logger.finish_evaluation(step_number)
 
 
 def command_line(argv: Sequence[str]) -> None:
-    """`main`, with bad input as one message at the end of the output and status 2."""
+    """`main`, with what went wrong as one message at the end of the output; status 2 for bad input, else 1."""
     try:
         main(argv)
-    except pyconfig.ConfigError as error:
+    except (pyconfig.ConfigError, failures.RunError) as error:
         if upstream.is_verbose() and error.__cause__ is not None:
             raise
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import absl.logging
@@ -203,9 +203,34 @@ def tflops_per_step(config: Any, teacher_config: Any | None) -> float:
     return total
 
 
+class Phases(NamedTuple):
+    """The steps of each phase of the learning rate."""
+
+    warmup: int
+    stable: int
+    decay: int
+
+
+def wsd_phases(config: Any) -> Phases:
+    """Where `create_learning_rate_schedule` puts warm-up, stable phase and decay for lr_schedule_type=wsd."""
+    steps = config.learning_rate_schedule_steps
+    warmup, decay = int(steps * config.warmup_steps_fraction), int(steps * config.wsd_decay_steps_fraction)
+    return Phases(warmup, steps - warmup - decay, decay)
+
+
 def is_data_failure(reason: Exception) -> bool:
     """Whether upstream's loader stopped the training because reading failed, rather than because the data ended."""
     return str(reason).startswith("`next(self.data_iterator)` failed")
+
+
+def is_termination(reason: Exception) -> bool:
+    """Whether a signal stopped the training: upstream's loop on several hosts, or ours."""
+    return "SIGTERM" in str(reason)
+
+
+def save_is_due(manager: Any, config: Any, step: int) -> bool:
+    """Whether `maybe_save_checkpoint` would save this step. All hosts ask, or none."""
+    return checkpointing._should_save_checkpoint_at_step(manager, step, config, False)
 
 
 def dump_hlo_once(config: Any, start_step: int, step: int, state: Any) -> None:

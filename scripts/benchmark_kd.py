@@ -238,19 +238,17 @@ def loss_programs(options: argparse.Namespace, tokens: int, vocabulary: int) -> 
 
 
 def distillation(options: argparse.Namespace, kept: Truncation) -> pyconfig.Distillation:
-    return pyconfig.Distillation(
-        use_kd=True,
-        kd_alpha=ALPHA,
-        kd_temperature=TEMPERATURE,
-        kd_top_k=kept.top_k,
-        kd_top_p=kept.top_p,
-        kd_truncation_strategy=kept.strategy,
-        kd_teacher_parameters_path="",
-        kd_teacher_model_name="",
-        kd_teacher_overrides={},
-        kd_teacher_dtype="",
-        kd_block_mib=options.block_mib,
-    )
+    defaults = pyconfig.load_yml(str(pyconfig.CONFIGS / "base.yml"))
+    settings = {key: defaults[key] for key in pyconfig.KDKeys.model_fields} | {
+        "use_kd": True,
+        "kd_alpha": ALPHA,
+        "kd_temperature": TEMPERATURE,
+        "kd_top_k": kept.top_k,
+        "kd_top_p": kept.top_p,
+        "kd_truncation_strategy": kept.strategy,
+        "kd_block_mib": options.block_mib,
+    }
+    return pyconfig.Distillation(**settings)
 
 
 # The whole step -------------------------------------------------------------------------------------------------------

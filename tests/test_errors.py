@@ -1,11 +1,16 @@
 """Bad input, typed on the command line: status 2, no training step, no traceback, one message that names the key."""
 
-import concurrent.futures
 import os
+import pathlib
 import re
+import shutil
 
+import numpy as np
 import pytest
-from conftest import SMOKE, execute
+from conftest import ROOT, SMOKE, execute
+from orbax.checkpoint.experimental import v1 as ocp
+
+from MaxText import pyconfig
 
 pytestmark = pytest.mark.e2e
 
@@ -21,6 +26,18 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "path that is no checkpoint": (
         ["use_kd=true", "kd_teacher_parameters_path={empty}"],
         ["kd_teacher_parameters_path=", "no MaxText checkpoint", "<step>/items"],
+    ),
+    "checkpoint without parameters": (
+        ["use_kd=true", "kd_teacher_parameters_path={without_params}"],
+        ["kd_teacher_parameters_path=", "no model parameters", "no `params` in it"],
+    ),
+    "checkpoint whose arrays are cut off": (
+        ["use_kd=true", "kd_teacher_parameters_path={truncated}"],
+        ["kd_teacher_parameters_path=", "truncated/5'", "cannot be restored"],
+    ),
+    "checkpoint without its index": (
+        ["use_kd=true", "kd_teacher_parameters_path={without_index}"],
+        ["kd_teacher_parameters_path=", "no MaxText checkpoint"],
     ),
     "teacher of other shapes": (
         [*KD, "kd_teacher_overrides={base_mlp_dim: 96}"],
@@ -63,53 +80,107 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["vocab_size is 512", "the student's 256"],
     ),
     "other batch": ([*KD, "kd_teacher_overrides={max_target_length: 16}"], ["max_target_length", "16", "32"]),
-    "block diffusion": ([*KD, "training_objective=block_diffusion", "block_diffusion_mask_id=1"], ["diffusion"]),
-    "elastic": ([*KD, "elastic_enabled=true", "enable_single_controller=true"], ["elastic_enabled"]),
-    "diloco": ([*KD, "enable_diloco=true", "ici_diloco_parallelism=1"], ["diloco"]),
-    "indexer": ([*KD, "use_indexer=true"], ["indexer"]),
-    "ready-made step": ([*KD, "compiled_trainstep_file=/tmp/step.pickle"], ["compiled_trainstep_file"]),
-    "dropless retry": ([*KD, "moe_dropless_fallback=step"], ["moe_dropless_fallback"]),
-    "lora": ([*KD, "lora.enable_lora=true"], ["lora"]),
-    "fp8": ([*KD, "quantization=fp8"], ["quantization", "fp8"]),
-    "tunix accumulation": ([*KD, "use_tunix_gradient_accumulation=true"], ["use_tunix_gradient_accumulation"]),
-    "dpo": ([*KD, "use_dpo=true", "packing=false"], ["use_dpo"]),
     "metrics file in no folder": (["metrics_file=/dev/null/metrics.jsonl"], ["metrics_file='/dev/null/metrics.jsonl'"]),
     "a run that is over": (["run_name=teacher", "base_output_directory={runs}"], ["already exists at step 5"]),
-    "no data": (
+    "no grain data": (
         ["dataset_type=grain", "grain_train_files=/no/such/*.arrayrecord", "grain_file_type=arrayrecord"],
-        ["/no/such/"],
+        ["dataset_type='grain'", "grain_train_files='/no/such/*.arrayrecord'", "No files found"],
     ),
+    "no hf data": (
+        ["dataset_type=hf", "hf_path=parquet", "hf_train_files=/no/such.parquet", "tokenizer_path=anywhere"],
+        ["dataset_type='hf'", "hf_path='parquet'", "hf_train_files='/no/such.parquet'", "Unable to find"],
+    ),
+    "no tfds data": (
+        ["dataset_type=tfds", "dataset_path=/no/such", "dataset_name=c4/en:3.1.0"],
+        ["dataset_type='tfds'", "dataset_path='/no/such'", "dataset_name='c4/en:3.1.0'"],
+    ),
+}
+
+# What the distillation step does not carry: key -> a value to be refused. Some lack what the engine would ask for
+# besides; the refusal comes first.
+REFUSED = {
+    "attention_type": "block_diffusion",
+    "compiled_trainstep_file": "/no/such/step.pickle",
+    "elastic_enabled": "true",
+    "enable_diloco": "true",
+    "enable_mllog": "true",
+    "log_required_ragged_buffer_factor": "true",
+    "log_moe_bias_norms": "true",
+    "log_step_diagnostics": "true",
+    "lora.enable_lora": "true",
+    "moe_dropless_fallback": "step",
+    "moe_log_max_load_ratio": "true",
+    "optimizer_memory_host_offload": "true",
+    "parameter_memory_host_offload": "true",
+    "quantization": "fp8",
+    "shard_mode": "explicit",
+    "te_moe_block": "true",
+    "training_objective": "block_diffusion",
+    "use_dpo": "true",
+    "use_indexer": "true",
+    "use_multimodal": "true",
+    "use_tunix_gradient_accumulation": "true",
+    "warmup_programs_in_init": "true",
 }
 
 
 @pytest.fixture(scope="module")
-def results(teacher, tmp_path_factory):
-    """Every case, run two at a time: each spends its time on imports."""
-    folder = tmp_path_factory.mktemp("errors")
-    (folder / "empty").mkdir()
-    names = {"teacher": teacher, "empty": str(folder / "empty"), "runs": os.path.dirname(os.path.dirname(teacher))}
-
-    def run(case):
-        arguments = [re.sub(r"\{(teacher|empty|runs)\}", lambda m: names[m[1]], a) for a in CASES[case][0]]
-        base = (
-            [] if any(a.startswith("base_output_directory") for a in arguments) else [f"base_output_directory={folder}"]
-        )
-        return execute(["MaxText/train.py"], [SMOKE, *base, *arguments], folder)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+def folders(teacher, tmp_path_factory):
+    """What stands in braces in the arguments, and `out` for a run's output."""
+    base = tmp_path_factory.mktemp("errors")
+    names = {name: base / name for name in ("empty", "out", "truncated", "without_index", "without_params")}
+    names |= {"teacher": pathlib.Path(teacher), "runs": pathlib.Path(teacher).parents[1]}
+    names["empty"].mkdir()
+    for name in ("truncated", "without_index"):
+        shutil.copytree(names["teacher"] / "5", names[name] / "5")
+    largest = max((names["truncated"] / "5/items").rglob("d/*"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    (names["without_index"] / "5/items/_METADATA").unlink()
+    ocp.save_checkpointables(names["without_params"], {"items": {"opt_state": {"mu": np.ones(4)}}})
+    return names
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_bad_input_ends_with_a_message(results, case):
-    result = results[case]
+def refusal(folders, arguments, config=SMOKE):
+    """The message that a run with bad input ends with."""
+    arguments = [re.sub(r"\{(\w+)\}", lambda m: str(folders[m[1]]), a) for a in arguments]
+    if not any(a.startswith("base_output_directory=") for a in arguments):
+        arguments.append(f"base_output_directory={folders['out']}")
+    result = execute(["MaxText/train.py"], [config, *arguments], folders["out"])
     assert result.status == 2, result.output[-3000:]
     assert "Traceback" not in result.output
     assert not any(line.startswith("step ") for line in result.output.splitlines())
-    last = result.output[result.output.rindex("error: ") :]
-    assert len(last.splitlines()) <= 8
-    for part in CASES[case][1]:
-        assert part in last
+    message = result.output[result.output.rindex("error: ") :]
+    assert len(message.splitlines()) <= 8
+    return message
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_with_a_message(folders, case):
+    arguments, parts = CASES[case]
+    message = refusal(folders, arguments)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_an_option_that_distillation_does_not_carry_is_refused_by_name(folders, key):
+    message = refusal(folders, [*KD, f"{key}={REFUSED[key]}"])
+    assert f"{key}=" in message
+    assert "use_kd=true" in message
+    assert "allowed is" in message
+
+
+def test_every_option_that_is_refused_by_name_is_tried_here():
+    assert pyconfig.REFUSED_WITH_KD.keys() <= REFUSED.keys()
+
+
+def test_an_option_is_refused_wherever_it_was_set(folders, tmp_path):
+    (tmp_path / "models").mkdir()
+    preset = (ROOT / "MaxText/configs/models/tiny-llama.yml").read_text()
+    (tmp_path / "models/mine.yml").write_text(f"{preset}\nlog_moe_bias_norms: true\n")
+    (tmp_path / "mine.yml").write_text(f"base_config: {SMOKE}\nmodel_name: mine\n")
+    message = refusal(folders, KD, config=str(tmp_path / "mine.yml"))
+    assert "log_moe_bias_norms=True: not supported together with use_kd=true; allowed is False" in message
 
 
 def test_settings_that_teach_nothing_are_warned_of(train, teacher):

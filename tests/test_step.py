@@ -31,7 +31,7 @@ def loss_and_gradient(lab, batch, **kd):
         model = nnx.merge(models.student, state).model
 
         def loss_fn(model, config, data, dropout_rng, params, is_train=True):
-            return step.distillation_loss(models, model, teacher, data, is_train)
+            return step.distillation_loss(models, model, teacher, data, is_train, *models.schedules.at(0))
 
         if config.gradient_accumulation_steps > 1:
             accumulate = step.upstream.gradient_accumulation.gradient_accumulation_loss_and_grad
@@ -113,17 +113,29 @@ def test_a_batch_of_padding_alone_has_loss_and_gradient_zero(lab):
     assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
 
 
-def test_no_gradient_reaches_the_teacher(lab):
+def test_no_gradient_reaches_the_teacher_whatever_the_loss_makes_of_it(lab, monkeypatch):
     batch, models = lab_lib.padded_batch(), lab.models
     params, rest = lab.teacher.state.split(nnx.Param, ...)
 
-    def loss(params):
-        model = nnx.merge(models.student, lab.student.state).model
-        return step.distillation_loss(models, model, nnx.State.merge(params, rest), batch, is_train=True)[0]
+    def gradient():
+        def loss(params):
+            model = nnx.merge(models.student, lab.student.state).model
+            merged = nnx.State.merge(params, rest)
+            return step.distillation_loss(models, model, merged, batch, True, *models.schedules.at(0))[0]
 
-    with jax.set_mesh(lab.student.mesh), logical_axis_rules(models.config.logical_axis_rules):
-        grads = jax.jit(jax.grad(loss))(params)
-    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+        with jax.set_mesh(lab.student.mesh), logical_axis_rules(models.config.logical_axis_rules):
+            return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+
+    assert all(not np.any(np.asarray(leaf)) for leaf in gradient())
+
+    blockwise = step.heads.kd_objective
+
+    def with_a_term_of_the_teacher(mesh, kd, student, teacher, *batch, **settings):
+        objective, sums = blockwise(mesh, kd, student, teacher, *batch, **settings)
+        return objective + jnp.sum(teacher[2]) + jnp.sum(teacher[1]), sums
+
+    monkeypatch.setattr(step.heads, "kd_objective", with_a_term_of_the_teacher)
+    assert all(not np.any(np.asarray(leaf)) for leaf in gradient())
 
 
 def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab):
@@ -148,11 +160,19 @@ def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab):
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_the_optimizer_holds_the_students_parameters_alone(lab):
-    student = nnx.merge(lab.student.graphdef, lab.student.state)
-    moments = [leaf.size for leaf in jax.tree.leaves(nnx.state(student.optimizer)) if leaf.size > 1]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(student.model, nnx.Param)))
-    assert sum(moments) == 2 * parameters  # Adam's two
+def test_a_step_returns_the_students_parameters_and_two_moments_of_each_and_nothing_more(lab):
+    batch = lab.student.data_loader.load_next_batch()
+    with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
+        state, _ = lab.steps().train(jax.tree.map(jnp.copy, lab.student.state), batch)
+    returned = nnx.merge(lab.student.graphdef, state)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(returned.model, nnx.Param)))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(returned.optimizer)) if leaf.size > 1)
+    assert moments == 2 * parameters  # Adam's
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1) == 3 * parameters + random_streams(state)
+
+
+def random_streams(state):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.RngState)) if leaf.size > 1)
 
 
 def test_the_teacher_runs_without_dropout(tmp_path, teacher, lab):

@@ -205,7 +205,7 @@ class _Bracket(NamedTuple):
     mass_above_high: Float[Array, "n 1"]
 
     @property
-    def count(self) -> Float[Array, "n 1"]:
+    def tokens(self) -> Float[Array, "n 1"]:
         return self.count_above_low - self.count_above_high
 
 
@@ -231,8 +231,8 @@ def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBoun
     values, ids = vocabulary.top_k(below, min(_CANDIDATES, size))
     crossed = bracket.mass_above_high + jnp.cumsum(weight(values), axis=-1) >= goal
     # Sums in two orders round differently: where the candidates are all that the bracket holds, the last one crosses.
-    are_all = (bracket.count >= 1) & (bracket.count <= values.shape[-1])
-    crossed |= are_all & (jnp.arange(values.shape[-1]) >= bracket.count - 1)
+    are_all = (bracket.tokens >= 1) & (bracket.tokens <= values.shape[-1])
+    crossed |= are_all & (jnp.arange(values.shape[-1]) >= bracket.tokens - 1)
     last = jnp.argmax(crossed, axis=-1, keepdims=True)
     found = KeptBound(jnp.take_along_axis(values, last, axis=-1), jnp.take_along_axis(ids, last, axis=-1))
     is_found = crossed[:, -1:]
@@ -248,7 +248,7 @@ def _halved(bracket: _Bracket, logits, weight, goal, vocabulary: Vocabulary) -> 
     """The bracket, halved until no position has more tokens in it than candidates."""
 
     def is_wide(bracket):
-        return bracket.count > _CANDIDATES
+        return bracket.tokens > _CANDIDATES
 
     def halve(state):
         number, bracket = state

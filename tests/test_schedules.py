@@ -30,7 +30,7 @@ def test_linear_and_cosine_lead_from_the_value_to_the_end_and_hold_it(quantity, 
     way = np.minimum(np.arange(14) / 10, 1)
     way = way if form == "linear" else (1 - np.cos(np.pi * way)) / 2
     np.testing.assert_allclose(values, first + (last - first) * way, rtol=1e-6)
-    np.testing.assert_array_equal(values[[0, 10, 13]], np.float32([first, last, last]))
+    np.testing.assert_array_equal(values[[10, 13]], np.float32([last, last]))  # optax rounds the start
 
 
 def test_constant_is_the_value_throughout_and_a_cosine_may_rise_from_zero():

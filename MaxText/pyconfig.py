@@ -411,32 +411,37 @@ def data_settings(config: Any) -> str:
 # Presets ------------------------------------------------------------------------------------------------------------
 
 
+def preset_places(config_folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of presets in the order in which they are searched: beside the config, ours, upstream's."""
+    ours = [folder / "models" for folder in (config_folder, config_folder.parent, CONFIGS)]
+    return [*ours, *map(pathlib.Path, upstream.preset_folders())]
+
+
+def preset_file(name: str, config_folder: pathlib.Path) -> pathlib.Path | None:
+    name = name.replace("-Instruct", "")  # upstream: an instruct model has the architecture of its base
+    files = (folder / f"{name}.yml" for folder in preset_places(config_folder))
+    return next((file for file in files if file.is_file()), None)
+
+
 def preset_folder(key: str, name: str, config_folder: pathlib.Path) -> str:
-    """The folder whose `models/` holds the preset `name`: beside the config, then ours, then upstream's.
+    """The folder whose `models/` holds the preset `name`.
 
     Raises:
       ConfigError: no preset has that name; the message lists near ones.
     """
-    name = name.replace("-Instruct", "")  # upstream: an instruct model has the architecture of its base
-    folders = [config_folder, config_folder.parent, CONFIGS]
-    for folder in folders:
-        if (folder / "models" / f"{name}.yml").is_file():
-            return str(folder)
-    shipped = [pathlib.Path(folder) for folder in upstream.preset_folders()]
-    if name == "default" or any((folder / f"{name}.yml").is_file() for folder in shipped):
+    if name == "default":
         return str(CONFIGS)
-    known = {p.stem for folder in [*(f / "models" for f in folders), *shipped] for p in folder.glob("*.yml")}
-    raise ConfigError(f"{key}={name!r}: no such model preset{suggestion(name, known)}")
+    file = preset_file(name, config_folder)
+    if file is None:
+        known = {other.stem for folder in preset_places(config_folder) for other in folder.glob("*.yml")}
+        raise ConfigError(f"{key}={name!r}: no such model preset{suggestion(name, known)}")
+    return str(file.parent.parent)
 
 
 def preset_keys(name: str, config_folder: pathlib.Path) -> set[str]:
     """The keys that the preset `name` sets."""
-    name = name.replace("-Instruct", "")
-    shipped = [pathlib.Path(folder) for folder in upstream.preset_folders()]
-    for folder in [*(f / "models" for f in (config_folder, config_folder.parent, CONFIGS)), *shipped]:
-        if (folder / f"{name}.yml").is_file():
-            return {str(key) for key in load_yml(str(folder / f"{name}.yml"))}
-    return set()
+    file = preset_file(name, config_folder)
+    return {str(key) for key in load_yml(str(file))} if file else set()
 
 
 # The teacher's configuration ----------------------------------------------------------------------------------------

@@ -81,12 +81,21 @@ def find_checkpoint(path: str) -> Checkpoint:
                 break
         name = "items" if (root / "items").exists() else None
     expected = ".../checkpoints/<step>/items, a parameters-only checkpoint, or a run's checkpoints folder"
+    check_complete(key, root / (name or ""))
     with unreadable_as_config_error(f"{key}: no MaxText checkpoint; expected {expected}"):
         index = ocp.metadata(root, checkpointable_name=name).metadata
+    if index is None:
+        raise ConfigError(f"{key}: no MaxText checkpoint, or one whose _METADATA cannot be read; expected {expected}")
     arrays = model_arrays(index)
     if not arrays:
         raise ConfigError(f"{key}: holds no model parameters (no `params` in it)")
     return Checkpoint(root=root, step=int(root.name) if root.name.isdigit() else None, arrays=arrays)
+
+
+def check_complete(key: str, folder: epath.Path) -> None:
+    """The arrays of an OCDBT checkpoint are found through one small file; without it orbax's readers only complain."""
+    if any(folder.glob("ocdbt.process_*")) and not (folder / "manifest.ocdbt").exists():
+        raise ConfigError(f"{key}: the checkpoint is incomplete, manifest.ocdbt is missing in {folder}")
 
 
 @contextlib.contextmanager
@@ -165,14 +174,7 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
     placed = jax.tree.map(lambda x: x.sharding, ephemeral)
     with logical_axis_rules(config.logical_axis_rules), jax.set_mesh(mesh):
         streams = jax.jit(lambda: nnx.split(create(), EPHEMERAL, ...)[1], out_shardings=placed)()
-    state = nnx.State.merge(stored, streams)
-    return Teacher(
-        config=config,
-        graphdef=heads.ends_in_hidden_states(graphdef, state),
-        state=state,
-        shardings=jax.tree.map(lambda x: x.sharding, state),
-        checkpoint=checkpoint,
-    )
+    return assembled(config, graphdef, nnx.State.merge(stored, streams), checkpoint)
 
 
 def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
@@ -188,13 +190,16 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
         kind = dtype if dtype and jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x.dtype
         return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
 
-    state = nnx.State.merge(jax.tree.map(held, stored), ephemeral)
+    return assembled(config, graphdef, nnx.State.merge(jax.tree.map(held, stored), ephemeral), None)
+
+
+def assembled(config: Any, graphdef: nnx.GraphDef, state: nnx.State, checkpoint: Checkpoint | None) -> Teacher:
     return Teacher(
         config=config,
         graphdef=heads.ends_in_hidden_states(graphdef, state),
         state=state,
         shardings=jax.tree.map(lambda x: x.sharding, state),
-        checkpoint=None,
+        checkpoint=checkpoint,
     )
 
 

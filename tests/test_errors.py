@@ -39,6 +39,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["use_kd=true", "kd_teacher_parameters_path={without_index}"],
         ["kd_teacher_parameters_path=", "no MaxText checkpoint"],
     ),
+    "checkpoint whose index is unreadable": (
+        ["use_kd=true", "kd_teacher_parameters_path={unreadable_index}"],
+        ["kd_teacher_parameters_path=", "no MaxText checkpoint"],
+    ),
+    "checkpoint without its manifest": (
+        ["use_kd=true", "kd_teacher_parameters_path={without_manifest}"],
+        ["kd_teacher_parameters_path=", "incomplete", "manifest.ocdbt"],
+    ),
     "teacher of other shapes": (
         [*KD, "kd_teacher_overrides={base_mlp_dim: 96}"],
         ["decoder/layers/mlp/wi_0/kernel", "(64, 2, 128) stored", "(64, 2, 96)", "kd_teacher_overrides"],
@@ -96,6 +104,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
+DAMAGED = ("truncated", "without_index", "without_manifest", "unreadable_index")  # copies of the teacher
+
 # What the distillation step does not carry: key -> a value to be refused. Some lack what the engine would ask for
 # besides; the refusal comes first.
 REFUSED = {
@@ -128,14 +138,16 @@ REFUSED = {
 def folders(teacher, tmp_path_factory):
     """What stands in braces in the arguments, and `out` for a run's output."""
     base = tmp_path_factory.mktemp("errors")
-    names = {name: base / name for name in ("empty", "out", "truncated", "without_index", "without_params")}
+    names = {name: base / name for name in ("empty", "out", *DAMAGED, "without_params")}
     names |= {"teacher": pathlib.Path(teacher), "runs": pathlib.Path(teacher).parents[1]}
     names["empty"].mkdir()
-    for name in ("truncated", "without_index"):
+    for name in DAMAGED:
         shutil.copytree(names["teacher"] / "5", names[name] / "5")
     largest = max((names["truncated"] / "5/items").rglob("d/*"), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     (names["without_index"] / "5/items/_METADATA").unlink()
+    (names["without_manifest"] / "5/items/manifest.ocdbt").unlink()
+    (names["unreadable_index"] / "5/items/_METADATA").write_text("{")
     ocp.save_checkpointables(names["without_params"], {"items": {"opt_state": {"mu": np.ones(4)}}})
     return names
 

@@ -1,0 +1,58 @@
+"""Laws of layouts: however a run lies on its devices, it trains the same student from the same teacher.
+
+Devices are simulated on the CPU. FSDP on four of them, alone and with tensor parallelism, is in test_train.py. What
+MaxText cannot lay out on simulated devices: parallelism over slices (dcn_*; a CPU device has no slice_index).
+"""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+NAMES = ("learning/loss", "learning/kd_loss", "learning/ce_loss", "learning/raw_grad_norm")
+FSDP_OFF = {"ici_fsdp_parallelism": 1}  # by default it takes the devices that the other axes leave
+
+
+def assert_same_run(run, expected):
+    for name in NAMES:
+        np.testing.assert_allclose(run.column(name), expected.column(name), rtol=5e-4, err_msg=name)
+
+
+# name -> (devices, keys). The global batch is eight rows throughout.
+LAYOUTS = {
+    "data": (4, FSDP_OFF | {"ici_data_parallelism": 4}),
+    "data, optimizer sharded (ZeRO-1)": (
+        4,
+        FSDP_OFF | {"ici_data_parallelism": 4, "shard_optimizer_over_data": "true"},
+    ),
+    "fsdp of 8": (8, {}),
+    "context, balanced": (4, {"ici_context_parallelism": 2}),
+}
+DEFAULT = ("data, optimizer sharded (ZeRO-1)", "context, balanced")
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def distil(train, teacher):
+    """distil(name, devices, key=value, ...): a few steps on eight rows, from the tiny teacher."""
+
+    def run(name, devices=1, **keys):
+        keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "kd_top_k": 8, "steps": STEPS} | keys
+        keys = {"enable_checkpointing": "false", "per_device_batch_size": 8 / devices} | keys
+        return train(f"layout_{name}", devices=devices, **keys)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_device(distil):
+    return distil("one_device")
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_a_layout_agrees_with_one_device(distil, one_device, layout):
+    devices, keys = LAYOUTS[layout]
+    run = distil(f"{list(LAYOUTS).index(layout)}", devices, **keys)
+    assert_same_run(run, one_device)

@@ -24,9 +24,11 @@ CONFIGS = pathlib.Path(__file__).resolve().parent / "configs"
 REFUSED_WITH_KD: dict[str, tuple] = {
     "attention_type": ("global", "local_sliding", "chunk", "mla", "full", "compressed"),
     "compiled_trainstep_file": ("",),
+    "dcn_pipeline_parallelism": (1,),
     "elastic_enabled": (False,),
     "enable_diloco": (False,),
     "enable_mllog": (False,),
+    "ici_pipeline_parallelism": (1,),
     "log_required_ragged_buffer_factor": (False,),
     "log_moe_bias_norms": (False,),
     "log_step_diagnostics": (False,),

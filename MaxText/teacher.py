@@ -142,8 +142,8 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
     Raises:
       ConfigError: the checkpoint lacks arrays of the configured model, or holds them in other shapes.
     """
-    create, abstract = upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
-    graphdef, ephemeral, stored = nnx.split(abstract, EPHEMERAL, ...)
+    create, shapes = created(config, mesh)
+    graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(stored)}
     check_shapes(config, checkpoint, {path: leaf.shape for path, leaf in wanted.items()})
 
@@ -183,14 +183,22 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
     Args:
       config, mesh, dtype: as for `load`; "" = the configuration's weight_dtype, since no checkpoint tells.
     """
-    _, model = upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
-    graphdef, ephemeral, stored = nnx.split(model, EPHEMERAL, ...)
+    _, shapes = created(config, mesh)
+    graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
 
     def held(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         kind = dtype if dtype and jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x.dtype
         return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
 
     return assembled(config, graphdef, nnx.State.merge(jax.tree.map(held, stored), ephemeral), None)
+
+
+def created(config: Any, mesh: jax.sharding.Mesh) -> tuple[Any, nnx.Module]:
+    """What makes the model, and the model as shapes on shards; ConfigError where the mesh does not divide it."""
+    try:
+        return upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
+    except ValueError as error:
+        raise ConfigError(f"the teacher (model {config.model_name!r}) cannot be laid out: {error}") from error
 
 
 def assembled(config: Any, graphdef: nnx.GraphDef, state: nnx.State, checkpoint: Checkpoint | None) -> Teacher:

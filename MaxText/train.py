@@ -111,7 +111,7 @@ def set_up_student(config: Any, recorder: Any) -> Student:
     return Student(
         graphdef=graphdef,
         # A restored state is not always on the shardings the step is compiled for: it would be compiled twice.
-        state=jax.device_put(state, shardings),
+        state=jax.tree.map(on_sharding, state, shardings),
         state_shardings=shardings,
         params_shardings=params_shardings,
         mesh=mesh,
@@ -123,6 +123,13 @@ def set_up_student(config: Any, recorder: Any) -> Student:
         eval_data_iterator=eval_iterator,
         checkpoint_manager=manager,
     )
+
+
+def on_sharding(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array laid out so; `jax.device_put` alone refuses random keys that lie on the devices of several hosts."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and not x.is_fully_addressable:
+        return jax.jit(lambda key: key, out_shardings=sharding)(x)
+    return jax.device_put(x, sharding)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a word for alpha": ([*KD, "kd_alpha=half"], ["kd_alpha='half'", "number"]),
     "a word for steps": (["steps=many"], ["steps='many'", "integer"]),
     "no key=value": ([*KD, "kd_alpha"], ["kd_alpha", "key=value"]),
+    "a layout that does not divide the teacher's heads": (
+        [*KD, "hardware=cpu", "ici_tensor_parallelism=2", "kd_teacher_overrides={base_num_kv_heads: 1}"],
+        ["the teacher", "kv_heads"],
+    ),
     "other vocabulary": (
         [*KD, "kd_teacher_overrides={vocab_size: 512}"],
         ["vocab_size is 512", "the student's 256"],
@@ -111,9 +115,11 @@ DAMAGED = ("truncated", "without_index", "without_manifest", "unreadable_index")
 REFUSED = {
     "attention_type": "block_diffusion",
     "compiled_trainstep_file": "/no/such/step.pickle",
+    "dcn_pipeline_parallelism": "2",
     "elastic_enabled": "true",
     "enable_diloco": "true",
     "enable_mllog": "true",
+    "ici_pipeline_parallelism": "2",
     "log_required_ragged_buffer_factor": "true",
     "log_moe_bias_norms": "true",
     "log_step_diagnostics": "true",

@@ -108,11 +108,18 @@ def known_keys(config_class: type[pydantic.BaseModel]) -> set[str]:
 # The engine's voice ---------------------------------------------------------------------------------------------------
 
 
+class OneLine(logging.Formatter):
+    """What was logged, without absl's prefix and without the traceback: orbax logs one for each array it cannot write."""
+
+    def formatException(self, ei: Any) -> str:
+        return ""
+
+
 def set_verbose(verbose: bool) -> None:
-    """Shows upstream's messages as it writes them, or only errors, without absl's prefix."""
+    """Shows upstream's messages as it writes them, or only errors, a line each."""
     absl.logging.set_verbosity(absl.logging.INFO if verbose else absl.logging.ERROR)
     if not verbose:
-        absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+        absl.logging.get_absl_handler().setFormatter(OneLine("%(message)s"))
 
 
 def is_verbose() -> bool:

@@ -83,10 +83,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a word for alpha": ([*KD, "kd_alpha=half"], ["kd_alpha='half'", "number"]),
     "a word for steps": (["steps=many"], ["steps='many'", "integer"]),
     "no key=value": ([*KD, "kd_alpha"], ["kd_alpha", "key=value"]),
-    "a layout that does not divide the teacher's heads": (
-        [*KD, "hardware=cpu", "ici_tensor_parallelism=2", "kd_teacher_overrides={base_num_kv_heads: 1}"],
-        ["the teacher", "kv_heads"],
-    ),
     "other vocabulary": (
         [*KD, "kd_teacher_overrides={vocab_size: 512}"],
         ["vocab_size is 512", "the student's 256"],
@@ -158,12 +154,12 @@ def folders(teacher, tmp_path_factory):
     return names
 
 
-def refusal(folders, arguments, config=SMOKE):
+def refusal(folders, arguments, config=SMOKE, devices=1):
     """The message that a run with bad input ends with."""
     arguments = [re.sub(r"\{(\w+)\}", lambda m: str(folders[m[1]]), a) for a in arguments]
     if not any(a.startswith("base_output_directory=") for a in arguments):
         arguments.append(f"base_output_directory={folders['out']}")
-    result = execute(["MaxText/train.py"], [config, *arguments], folders["out"])
+    result = execute(["MaxText/train.py"], [config, *arguments], folders["out"], devices)
     assert result.status == 2, result.output[-3000:]
     assert "Traceback" not in result.output
     assert not any(line.startswith("step ") for line in result.output.splitlines())
@@ -178,6 +174,13 @@ def test_bad_input_ends_with_a_message(folders, case):
     message = refusal(folders, arguments)
     for part in parts:
         assert part in message
+
+
+def test_a_teacher_that_the_layout_does_not_divide_is_refused(folders):
+    layout = ["ici_tensor_parallelism=2", "kd_teacher_overrides={base_num_kv_heads: 1}"]
+    message = refusal(folders, [*KD, *layout], devices=2)
+    assert "the teacher (model 'tiny-llama') cannot be laid out" in message
+    assert "base_num_kv_heads" in message
 
 
 @pytest.mark.parametrize("key", REFUSED)

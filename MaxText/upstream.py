@@ -109,7 +109,7 @@ def known_keys(config_class: type[pydantic.BaseModel]) -> set[str]:
 
 
 class OneLine(logging.Formatter):
-    """What was logged, without absl's prefix and without the traceback: orbax logs one for each array it cannot write."""
+    """The message alone: no prefix of absl's, and no traceback, of which orbax logs one per array it cannot write."""
 
     def formatException(self, ei: Any) -> str:
         return ""

@@ -1,0 +1,319 @@
+"""Makes a teacher of a Hugging Face model: a checkpoint of MaxText's that holds its parameters alone.
+
+    python scripts/convert_teacher.py --hf meta-llama/Llama-3.1-8B --output gs://bucket/teachers/llama3.1-8b
+
+writes <output>/0/items (what kd_teacher_parameters_path and load_parameters_path take), <output>/tokenizer and
+<output>/conversion.json, and prints how to train with it. No accelerator and no torch are needed. Arrays are read,
+transformed and written one after the other: memory is a few times the largest array of MaxText's model, not the
+model (docs/convert.md). <output>/0 appears when all is written; after an interruption the same command begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays pass through the host's memory alone
+
+import hugging_face
+import huggingface_hub
+import jax
+import numpy as np
+import safetensors
+from etils import epath, epy
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from MaxText import failures, pyconfig, upstream
+
+with epy.lazy_imports():
+    import transformers  # after upstream has quietened it
+    from maxtext.checkpoint_conversion import to_maxtext
+    from maxtext.checkpoint_conversion.utils import utils
+    from orbax.checkpoint.experimental import v1 as ocp
+
+WEIGHTS = "*.safetensors"
+TOKENIZER = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+             "vocab.*", "merges.txt", "*.model", "chat_template*")  # fmt: skip
+BATCH = 1 << 30  # bytes of small arrays that are written at once
+
+Shape = tuple[int, ...]
+
+
+# The source -----------------------------------------------------------------------------------------------------------
+
+
+def fetch(hf: str) -> pathlib.Path:
+    """The model's folder: `hf` itself, or the hub's model of that name in Hugging Face's cache, downloaded as needed."""
+    folder = pathlib.Path(hf).expanduser()
+    if folder.is_dir():
+        return folder
+    if hf.count("/") > 1 or hf.startswith((".", "~", "/")) or folder.exists():
+        raise pyconfig.ConfigError(f"--hf {hf!r}: no such folder")
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(hf, allow_patterns=[WEIGHTS, "*.json", *TOKENIZER]))
+    except Exception as error:  # of the hub's own kinds, of its connection's, of the disk's
+        raise pyconfig.ConfigError(
+            f"--hf {hf!r}: no such folder, and as a model on the hub it cannot be fetched ({failures.first_line(error)})"
+        ) from error
+
+
+def read_config(folder: pathlib.Path) -> transformers.PreTrainedConfig:
+    """The model's configuration; of a model that sees, the one of its language model."""
+    if not (folder / "config.json").is_file():
+        raise pyconfig.ConfigError(f"--hf {str(folder)!r}: no config.json in it")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+    except Exception as error:  # a model_type that transformers does not know, or values that it refuses
+        raise pyconfig.ConfigError(f"{folder / 'config.json'}: {failures.first_line(error)}") from error
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, Shape]:
+    """Name -> shape of every tensor in the folder, from the heads of its files alone.
+
+    Raises:
+      ConfigError: there are none, or one that the index names is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    try:
+        where = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+    except (OSError, ValueError, KeyError) as error:
+        raise pyconfig.ConfigError(f"{index}: cannot be read ({error})") from error
+    files = sorted(set(where.values())) if where else ["model.safetensors"]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and not where:
+        raise pyconfig.ConfigError(f"--hf {str(folder)!r}: no model.safetensors and no index of several files")
+    if missing:
+        raise pyconfig.ConfigError(f"{index}: names files that are not there: {', '.join(missing)}")
+    found: dict[str, Shape] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(folder / file, framework="np") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise pyconfig.ConfigError(f"{folder / file}: cannot be read ({failures.first_line(error)})") from error
+    lost = sorted(set(where or ()) - set(found))
+    if lost:
+        raise pyconfig.ConfigError(f"{index}: names tensors that are not there: {', '.join(lost[:5])}")
+    return found
+
+
+def locate(names: set[str], expected: dict[str, Any], stored: dict[str, Shape]) -> dict[str, str]:
+    """Name in MaxText's tables -> name on disk.
+
+    Args:
+      names: those that the model needs.
+      expected: name -> shape, as config.json has it.
+      stored: name on disk -> shape.
+
+    Raises:
+      ConfigError: a tensor is missing, or has another shape.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for name in sorted(names):
+        spelling = next((other for other in hugging_face.spellings(name) if other in stored), None)
+        if spelling is None:
+            problems.append(f"  {name}: not there")
+        elif stored[spelling] != tuple(expected[name]):
+            problems.append(f"  {spelling}: {stored[spelling]} stored, config.json makes it {tuple(expected[name])}")
+        else:
+            found[name] = spelling
+    if problems:
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise pyconfig.ConfigError("the weights are not those of config.json:\n" + "\n".join(problems[:5]) + more)
+    return found
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+def maxtext_config(name: str, changed: dict[str, Any], scan_layers: bool) -> Any:
+    """MaxText's configuration of the preset `name` with `changed` keys, to take shapes from."""
+    neutral = {"run_name": "convert", "base_output_directory": "", "dataset_type": "synthetic", "hardware": "cpu",
+               "skip_jax_distributed_system": True, "enable_checkpointing": False, "override_model_config": True,
+               "attention": "dot_product", "sparse_matmul": False, "megablox": False, "jax_cache_dir": ""}  # fmt: skip
+    keys = neutral | {"model_name": name, "scan_layers": scan_layers} | changed
+    return pyconfig.initialize(["convert_teacher.py", *(f"{key}={value}" for key, value in keys.items())]).student
+
+
+def lazy_arrays(
+    folder: pathlib.Path, hf_config: transformers.PreTrainedConfig, config: Any, dtype: str
+) -> list[tuple[Any, Any]]:
+    """Path -> array of MaxText's checkpoint, read and transformed when asked for (MaxText's LazyTensor)."""
+    tables = hugging_face.tables(hf_config, config, saving=False)
+    with upstream.silence():
+        to_maxtext.LazyTensor  # noqa: B018  the first touch imports, and lets absl tell everything
+        upstream.set_verbose(False)
+        wanted, treedef = to_maxtext.get_maxtext_model_info(config)
+        keys = utils.validate_and_filter_param_map_keys(tables.names.keys(), wanted.keys())
+    needed = {name for key in keys for name in jax.tree.leaves(tables.names[key])}
+    on_disk = locate(needed, tables.shapes, stored_tensors(folder))
+    # Transformations multiply and add: in float32, rounded once, when written.
+    loader = to_maxtext.LazyHFLoader(str(folder), None, save_dtype="float32")
+    leaves = [None] * len(wanted)
+    for key in keys:
+        places, shapes = to_maxtext._get_maxtext_indices_and_shapes(key, wanted)
+        # Without the key's name, by which MaxText would stack the layers of Mixtral's routers along the wrong axis.
+        load = to_maxtext._get_hf_loading_function(
+            tables.names[key], lambda name: loader.get_tensor(on_disk[name]), tables.hooks.get(key), shapes, config
+        )
+        to_maxtext._get_maxtext_weight(load, places, shapes, key, leaves, dtype, True)
+    return jax.tree_util.tree_leaves_with_path({"params": jax.tree.unflatten(treedef, leaves)})
+
+
+# The checkpoint -------------------------------------------------------------------------------------------------------
+
+
+def begin(output: epath.Path, record: dict[str, Any]) -> None:
+    """Makes the output's folder, or clears what an interrupted conversion left in it.
+
+    Raises:
+      ConfigError: the folder holds anything else.
+    """
+    file = output / "conversion.json"
+    if (output / "0").exists():
+        raise pyconfig.ConfigError(f"--output {str(output)!r}: holds a checkpoint already; take another folder")
+    if output.exists() and not file.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise pyconfig.ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob("unfinished*"):
+        left.rmtree()
+    file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def batches(arrays: list[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
+    """Runs of arrays of at most BATCH bytes; a larger array is alone."""
+    batch: list[tuple[Any, Any]] = []
+    size = 0
+    for path, array in arrays:
+        if batch and size + array.nbytes > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append((path, array))
+        size += array.nbytes
+    yield batch
+
+
+def save(output: epath.Path, arrays: list[tuple[Any, Any]], config: Any, console: Console) -> None:
+    """Writes the arrays as <output>/0/items, which appears when it is whole."""
+    unfinished = output / "unfinished"
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    storage = {"use_ocdbt": config.checkpoint_storage_use_ocdbt, "use_zarr3": config.checkpoint_storage_use_zarr3}
+    with (
+        upstream.checkpoint_context.build_context(**storage),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("", total=sum(int(array.nbytes) for _, array in arrays))
+        for batch in batches(arrays):
+            tree: dict[str, Any] = {}
+            for path, array in batch:
+                *parents, last = (part.key for part in path)
+                node = tree
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[last] = array.__array__(array.dtype)
+                bar.advance(task, int(array.nbytes))
+            ocp.partial.save(unfinished, tree, custom_metadata={"scan_layers": config.scan_layers})
+            del tree, node
+        ocp.partial.finalize(unfinished)
+    (unfinished / "state").rename(unfinished / "items")  # orbax's name for a single tree; MaxText looks for its own
+    unfinished.rename(output / "0")
+
+
+def copy_tokenizer(folder: pathlib.Path, output: epath.Path) -> None:
+    target = output / "tokenizer"
+    target.mkdir(exist_ok=True)
+    for pattern in TOKENIZER:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                (target / file.name).write_bytes(file.read_bytes())
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def next_commands(output: epath.Path, name: str, changed: dict[str, Any]) -> str:
+    """How to train with the teacher, and how a student begins as it."""
+    items = output / "0" / "items"
+    given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in changed.items())
+    overriding = f" kd_teacher_overrides='{{{given}}}'" if changed else ""
+    own = " ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
+    own = f" override_model_config=true {own}" if changed else ""
+    return (
+        f"as a teacher:\n  python MaxText/train.py my_student.yml use_kd=true kd_teacher_parameters_path={items} "
+        f"kd_teacher_model_name={name}{overriding}\n"
+        f"as a student's beginning:\n  python MaxText/train.py my_student.yml load_parameters_path={items} "
+        f"model_name={name}{own}\n"
+        f"tokens, in my_student.yml:\n  tokenizer_type: huggingface\n  tokenizer_path: {output / 'tokenizer'}"
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Makes a teacher of a Hugging Face model: a checkpoint of MaxText's that holds its parameters.",
+        epilog=f"Architectures: {', '.join(hugging_face.FAMILIES)}. docs/convert.md has more.",
+    )
+    parser.add_argument("--hf", required=True, help="the model's folder (config.json, safetensors) or its name on the hub")
+    parser.add_argument("--output", required=True, help="a new folder, local or gs://")
+    parser.add_argument(
+        "--model-name", default="", help="MaxText's preset; by default the one that fits, and what differs is overridden"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="what the parameters are stored in; float32 (the default) loses nothing, bfloat16 takes half the disk",
+    )
+    parser.add_argument(
+        "--unscanned",
+        action="store_true",
+        help="store layer by layer (scan_layers=false): least memory here, a longer compilation of each train step",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    output = epath.Path(pyconfig.absolute(arguments.output))
+    folder = fetch(arguments.hf)
+    hf_config = read_config(folder)
+    name, changed = hugging_face.choose(hf_config, arguments.model_name)
+    config = maxtext_config(name, changed, not arguments.unscanned)
+    arrays = lazy_arrays(folder, hf_config, config, arguments.dtype)
+    record = {"hf": arguments.hf, "model_name": name, "overrides": changed, "dtype": arguments.dtype}
+    try:
+        begin(output, record)
+        copy_tokenizer(folder, output)
+        save(output, arrays, config, console)
+    except (OSError, ValueError) as error:  # tensorstore's are of the second kind
+        raise failures.RunError(
+            f"{output}: the checkpoint could not be written ({failures.first_line(error)}); the same command begins anew"
+        ) from error
+    size = sum(int(array.nbytes) for _, array in arrays)
+    console.print(f"{hf_config.model_type} -> {name}, {size / 1e9:.3g} GB in {arguments.dtype}, {output / '0' / 'items'}")
+    console.print(next_commands(output, name, changed), markup=False)
+
+
+@contextlib.contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What went wrong as one line; status 2 for bad input, else 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command begins anew")
+    except (pyconfig.ConfigError, failures.RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    with errors_as_messages():
+        main(sys.argv[1:])

@@ -5,11 +5,12 @@
 # start again. Every other status is COMMAND's own. Linux keeps signals without a handler from the first process of a
 # container; behind this one the trainer is not the first, so that SIGTERM ends it before its loop, too.
 set -u
-terminated='' again=1
-trap 'terminated=1 again=1; kill -TERM "$child" 2>/dev/null' TERM
+child='' terminated='' again=1
+trap 'terminated=1 again=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
 "$@" &
 child=$!
-while [[ $again ]]; do # a signal ends `wait` before its process ends
+[[ -z $terminated ]] || kill -TERM "$child" # the signal came before the line above
+while [[ $again ]]; do                      # a signal ends `wait` before its process ends
   again=''
   wait "$child"
   status=$?

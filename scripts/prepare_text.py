@@ -420,7 +420,7 @@ def check_shards_are_filled(plan: Plan, state: State) -> None:
     for split, count in plan.shard_counts.items():
         filled = {int(name.split("-")[1].removesuffix(".bucket")) // per_shard
                   for name in state["buckets"] if name.startswith(split)}  # fmt: skip
-        if not filled and split == "eval":
+        if count and not filled and split == "eval":
             raise InputError(
                 f"--eval-fraction {plan.eval_fraction}: none of {documents} documents is held out; raise it, or "
                 "give 0 for none"

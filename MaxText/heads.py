@@ -26,9 +26,11 @@ from MaxText.distill.blockwise import blockwise_kd
 from MaxText.distill.kd_loss import KDSums
 from MaxText.pyconfig import Distillation
 
+MTP_HIDDEN_STATES = "mtp_hidden_states"  # what a decoder reports them as
+
 
 def ends_in_hidden_states(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.GraphDef:
-    """The same graph, whose decoder reports its last hidden states and projects nothing.
+    """The same graph, whose decoder reports its last hidden states, and those of MTP layers, and projects nothing.
 
     MaxText's decoders do so for a loss that tiles the vocabulary; the switch is in the decoder's settings alone, and
     the state's structure does not depend on it.
@@ -36,7 +38,25 @@ def ends_in_hidden_states(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.Graph
     root = nnx.merge(graphdef, state)
     model = root.model if hasattr(root, "model") else root
     model.decoder.config = upstream.with_vocab_tiling(model.decoder.config)
+    if model.config.mtp_num_layers > 0:
+        model.decoder.__class__ = reporting(type(model.decoder))
     return nnx.graphdef(root)
+
+
+@functools.cache
+def reporting(decoder: type) -> type:
+    """The decoder's class, whose output head reports what an MTP layer gives it instead of projecting it."""
+
+    class Reporting(decoder):
+        def apply_output_head(self, shared_embedding, y, deterministic, model_mode, normalize_y=True):
+            if normalize_y:  # the model's own logits
+                return super().apply_output_head(shared_embedding, y, deterministic, model_mode)
+            before = getattr(self, MTP_HIDDEN_STATES).get_value() if hasattr(self, MTP_HIDDEN_STATES) else ()
+            states = (*before, self.dropout(y, deterministic=deterministic))
+            setattr(self, MTP_HIDDEN_STATES, nnx.Intermediate(states))
+            return jnp.zeros((*y.shape[:-1], self.config.vocab_size), y.dtype)  # read by nothing that is read
+
+    return Reporting
 
 
 def normed_hidden_states(model: nnx.Module, reported: dict[str, Any], enable_dropout: bool) -> Float[Array, "B L D"]:
@@ -65,6 +85,11 @@ def project(config: Any, head: Float[Array, "..."], hidden: Float[Array, "n D"])
     else:
         logits = jnp.dot(hidden.astype(dtype), head.astype(dtype), precision=config.matmul_precision)
     return logits.astype(jnp.float32) if config.cast_logits_to_fp32 else logits
+
+
+def of_no_width(head: Float[Array, "0 V"], hidden: Float[Array, "n 0"]) -> Float[Array, "n V"]:
+    """The logits of a teacher that knows nothing: zeros."""
+    return hidden @ head
 
 
 def block_tokens(vocabulary: int, kd: Distillation) -> int:
@@ -144,7 +169,7 @@ def kd_objective(
     mesh: Mesh,
     kd: Distillation,
     student: tuple[Any, Float[Array, "..."], Float[Array, "B L D"]],
-    teacher: tuple[Any, Float[Array, "..."], Float[Array, "B L E"]],
+    teacher: tuple[Any, Float[Array, "..."], Float[Array, "B L E"]] | None,
     targets: Int[Array, "B L"],
     mask: Bool[Array, "B L"],
     *,
@@ -159,7 +184,7 @@ def kd_objective(
       mesh: the run's mesh.
       kd: the distillation settings.
       student: its configuration, head and normed hidden states.
-      teacher: likewise; no gradient reaches it.
+      teacher: likewise; no gradient reaches it. None: cross-entropy alone is asked for, and alpha is 0.
       targets, mask: token ids, and True where they count.
       alpha, temperature: of the step at hand.
       z_weight: weight of the squared log-sum-exp of the student's logits.
@@ -169,15 +194,25 @@ def kd_objective(
       The objective's sum over all valid positions, and the sums it is made of.
     """
     layout = Layout(mesh, targets.shape, student[0].vocab_size)
+    if teacher is None:  # one of width 0: its logits are all alike, and no product makes them
+        kd = kd.model_copy(update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0})
+        teacher_project: Callable = of_no_width
+        teacher_head, teacher_hidden = jnp.zeros((0, student[0].vocab_size)), jnp.zeros((*targets.shape, 0))
+        teacher_spec = PartitionSpec(None, layout.vocab_axes or None)
+    else:
+        teacher_config, teacher_head, teacher_hidden = teacher
+        teacher_project = functools.partial(project, teacher_config)
+        teacher_spec = layout.head(teacher_config)
     axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
     walk: Callable = functools.partial(
         blockwise_kd,
         student_project=functools.partial(project, student[0]),
-        teacher_project=functools.partial(project, teacher[0]),
+        teacher_project=teacher_project,
         z_weight=z_weight,
         top_k=kd.kd_top_k,
         top_p=kd.kd_top_p,
         truncation_strategy=kd.kd_truncation_strategy,
+        shared_vocabulary=kd.kd_vocab_size,
         block_size=block_tokens(layout.vocab_share, kd),
         evaluation=evaluation,
         vocab_axis=layout.vocab_axes,
@@ -189,17 +224,17 @@ def kd_objective(
         result = walk(*arrays, alpha=alpha, temperature=temperature)
         return jax.lax.psum(result, axes) if axes else result
 
-    rows, heads = layout.tokens, (layout.head(student[0]), layout.head(teacher[0]))
+    rows = layout.tokens
     hidden = PartitionSpec(*rows, None)
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(hidden, heads[0], hidden, heads[1], rows, rows, PartitionSpec(), PartitionSpec()),
+        in_specs=(hidden, layout.head(student[0]), hidden, teacher_spec, rows, rows, PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(),
     )
-    return sharded(student[2], student[1], teacher[2], teacher[1], targets, mask, alpha, temperature)
+    return sharded(student[2], student[1], teacher_hidden, teacher_head, targets, mask, alpha, temperature)
 
 
 def flat(x: Array) -> Array:
     """[B, L, ...] -> [N, ...]"""
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # the width may be 0

@@ -23,7 +23,8 @@ from MaxText.teacher import EPHEMERAL, Teacher
 
 NAME = "distillation.json"
 # Keys that change neither the loss nor what is evaluated; the teacher's path is told apart by what lies there.
-FREE = {"kd_block_mib", "kd_allow_change", "kd_teacher_max_ce", "kd_teacher_parameters_path"}
+FREE = {"kd_block_mib", "kd_allow_change", "kd_teacher_max_ce", "kd_teacher_parameters_path",
+        "kd_teacher_tokenizer_path"}  # fmt: skip
 
 Manifest = dict[str, Any]
 

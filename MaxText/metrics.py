@@ -31,6 +31,8 @@ EVALUATION = {
     "evaluation/z_loss": "evaluation/z_loss_sum",
     "evaluation/moe_lb_loss": "evaluation/moe_lb_loss_sum",
 }
+# The counts of the tokens that an MTP head drafted: those that the model accepts, and all.
+MTP_ACCEPTANCE = ("evaluation/mtp_accepted_sum", "evaluation/mtp_n")
 # Means over a batch that upstream's evaluation adds up by these names.
 UPSTREAMS_MEANS = ("z_loss", "moe_lb_loss", "mtp_loss")
 
@@ -157,7 +159,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             scalars |= {f"evaluation/{name}": scalars[f"evaluation/{name}_sum"] / n for name in UPSTREAMS_MEANS}
         super()._accumulate_eval_metrics({"scalar": scalars})
         total = self.cumulative_eval_metrics["scalar"]
-        for name in (*EVALUATION.values(), "evaluation/n"):
+        for name in (*EVALUATION.values(), "evaluation/n", *MTP_ACCEPTANCE):
             if name in scalars:
                 total[name] += float(scalars[name])
 
@@ -174,6 +176,12 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         for name, sum_name in EVALUATION.items():
             if sum_name in total:
                 total[name] = total.pop(sum_name) / n
+        if MTP_ACCEPTANCE[0] in total:
+            accepted, drafted = (total.pop(name) for name in MTP_ACCEPTANCE)
+            # Upstream divides by the number of batches.
+            total["eval/mtp_acceptance_rate_percent"] = (
+                self._pending_eval_step_count * 100 * accepted / max(drafted, 1.0)
+            )
         total["evaluation/perplexity"] = float(np.exp(total["evaluation/ce_loss"]))
         total["evaluation/total_weights"] = n
         super()._finalize_eval_metrics(train_step)

@@ -79,12 +79,16 @@ class KDKeys(pydantic.BaseModel):
     kd_teacher_model_name: str
     kd_teacher_overrides: dict[str, Any]
     kd_teacher_dtype: Literal["", "bfloat16", "float16", "float32"]
+    kd_teacher_tokenizer_path: str
+    kd_vocab_size: int = pydantic.Field(ge=0)
+    kd_mtp_alpha: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_block_mib: int = pydantic.Field(gt=0)
     kd_teacher_max_ce: float = pydantic.Field(ge=0, allow_inf_nan=False)
     kd_allow_change: bool
 
     @pydantic.field_validator(
-        "kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", "kd_teacher_max_ce",
+        "kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", "kd_teacher_max_ce", "kd_vocab_size",
+        "kd_mtp_alpha",
         "kd_alpha_start", "kd_alpha_end", "kd_temperature_start", "kd_temperature_end", mode="before",
     )  # fmt: skip
     @classmethod
@@ -94,8 +98,9 @@ class KDKeys(pydantic.BaseModel):
         return value
 
     @pydantic.field_validator(
-        "kd_teacher_parameters_path", "kd_teacher_model_name", "kd_teacher_dtype", "kd_teacher_overrides", mode="before"
-    )
+        "kd_teacher_parameters_path", "kd_teacher_model_name", "kd_teacher_dtype", "kd_teacher_overrides",
+        "kd_teacher_tokenizer_path", mode="before",
+    )  # fmt: skip
     @classmethod
     def _none_is_empty(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """`key=` on the command line arrives as None."""
@@ -369,8 +374,17 @@ def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.Bas
     check_keys(kd.kd_teacher_overrides, schema, inside="kd_teacher_overrides: ")
     if kd.kd_teacher_model_name:
         preset_folder("kd_teacher_model_name", kd.kd_teacher_model_name, folder)
-    if kd.kd_top_k > student.vocab_size:
-        raise ConfigError(f"kd_top_k={kd.kd_top_k}: at most the vocabulary size, {student.vocab_size}")
+    if kd.kd_vocab_size > student.vocab_size:
+        raise ConfigError(f"kd_vocab_size={kd.kd_vocab_size}: at most the student's vocab_size, {student.vocab_size}")
+    if kd.kd_top_k > (kd.kd_vocab_size or student.vocab_size):
+        shared = f"kd_vocab_size, {kd.kd_vocab_size}" if kd.kd_vocab_size else f"vocab_size, {student.vocab_size}"
+        raise ConfigError(f"kd_top_k={kd.kd_top_k}: at most {shared}")
+    if kd.kd_mtp_alpha > 0 and student.mtp_num_layers == 0:
+        raise ConfigError(
+            f"kd_mtp_alpha={kd.kd_mtp_alpha} mtp_num_layers=0: the student has no MTP head to distil into"
+        )
+    if kd.kd_mtp_alpha > 0 and not kd.teacher_in_step:
+        raise ConfigError(f"kd_mtp_alpha={kd.kd_mtp_alpha} kd_alpha=0: kd_alpha=0 leaves the teacher out of the step")
     for quantity in ("kd_alpha", "kd_temperature"):
         check_schedule_phases(quantity, kd, student)
     check_refused({key: getattr(student, key) for key in REFUSED_WITH_KD})
@@ -498,6 +512,8 @@ def teacher_config(run: Run, scan_layers: bool | None) -> Any:
     if run.kd.kd_teacher_dtype:
         fixed["weight_dtype"] = run.kd.kd_teacher_dtype
     settings = user | fixed | dict(run.kd.kd_teacher_overrides)
+    if run.kd.kd_vocab_size:  # its tables are cut or filled up to the student's when they are restored
+        settings["vocab_size"] = run.student.vocab_size
     base, _ = load_layers(str(CONFIGS / "base.yml"))
     preset = preset_folder("kd_teacher_model_name", str(settings.get("model_name", "default")), folder)
     # The student's M_<KEY> variables are already in what the teacher shares; they must not reshape the teacher.
@@ -513,8 +529,9 @@ def check_fit(run: Run, teacher: Any) -> None:
     if teacher.vocab_size != student.vocab_size:
         raise ConfigError(
             f"kd_teacher_model_name={run.kd.kd_teacher_model_name!r}: the teacher's vocab_size is "
-            f"{teacher.vocab_size}, the student's {student.vocab_size}; both must share one vocabulary (set "
-            f"vocab_size, or kd_teacher_overrides='{{vocab_size: {student.vocab_size}}}')"
+            f"{teacher.vocab_size}, the student's {student.vocab_size}. If both have one tokenizer and differ in "
+            "padding alone, set kd_vocab_size to the number of its tokens; else set vocab_size, or "
+            f"kd_teacher_overrides='{{vocab_size: {student.vocab_size}}}'"
         )
     laid_out = ("mesh_axes", "ici_parallelism", "dcn_parallelism", "max_target_length", "micro_batch_size_to_train_on",
                 "context_parallel_load_balance", "shard_mode", "num_slices")  # fmt: skip

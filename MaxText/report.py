@@ -67,7 +67,7 @@ def loss_text(kd: pyconfig.Distillation) -> str:
         return "cross-entropy (use_kd=false)"
     if not kd.teacher_in_step:
         return "cross-entropy (kd_alpha=0); the teacher serves evaluation alone"
-    kept = "the whole vocabulary"
+    kept = f"the {kd.kd_vocab_size} shared tokens" if kd.kd_vocab_size else "the whole vocabulary"
     if kd.truncates:
         size = f"top {kd.kd_top_k}" if kd.kd_top_k else f"top-p {kd.kd_top_p:g}"
         kept = f"the teacher's {size} ({kd.kd_truncation_strategy})"

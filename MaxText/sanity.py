@@ -31,20 +31,22 @@ def check(config: Any, kd: Distillation, ce: float, teacher_ce: float, where: st
     Raises:
       ConfigError: the teacher's cross-entropy is not finite, or above kd_teacher_max_ce.
     """
-    uniform = math.log(config.vocab_size)
+    tokens = kd.kd_vocab_size or config.vocab_size
+    uniform = math.log(tokens)
     path = f"kd_teacher_parameters_path={kd.kd_teacher_parameters_path!r}"
     if not math.isfinite(teacher_ce):
-        raise ConfigError(f"{path}: this teacher's cross-entropy on {where} is {teacher_ce}; it cannot teach")
+        lacks = f", or has tokens that it lacks (kd_vocab_size={kd.kd_vocab_size})" if kd.kd_vocab_size else ""
+        raise ConfigError(f"{path}: its cross-entropy on {where} is {teacher_ce}: the teacher is broken{lacks}")
     if 0 < kd.kd_teacher_max_ce < teacher_ce:
         raise ConfigError(
             f"kd_teacher_max_ce={kd.kd_teacher_max_ce:g}: the teacher's cross-entropy on {where} is {teacher_ce:.4f} "
-            f"(guessing among {config.vocab_size} tokens: {uniform:.4f}; the student: {ce:.4f}). {path}"
+            f"(guessing among {tokens} tokens: {uniform:.4f}; the student: {ce:.4f}). {path}"
         )
     report.say(f" teacher  ce {teacher_ce:.4f} on {where}; guessing has {uniform:.4f}, the student {ce:.4f}")
     if teacher_ce > (1 - MARGIN) * uniform:
         report.say(
             f"warning: THE TEACHER IS NO BETTER THAN GUESSING: its cross-entropy is {teacher_ce:.4f}, "
-            f"log({config.vocab_size}) is {uniform:.4f}. Wrong tokenizer, path or preset?"
+            f"log({tokens}) is {uniform:.4f}. Wrong tokenizer, path or preset?"
         )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.spmd import logical_axis_rules
 
-from MaxText import heads, schedules, upstream
+from MaxText import heads, mtp, schedules, upstream
 from MaxText.pyconfig import Distillation
 
 Batch = dict[str, jax.Array]
@@ -109,9 +110,6 @@ def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch
     _, aux = distillation_loss(models, train_state.model, teacher, batch, False, alpha, temperature)
     sums = aux["sums"]
     scalars = {f"evaluation/{name}": value for name, value in sums.items()}
-    if models.config.mtp_eval_target_module > 0:
-        rate = upstream.multi_token_prediction.calculate_mtp_acceptance_rate(aux["intermediate_outputs"], models.config)
-        scalars["evaluation/mtp_acceptance_rate_percent"] = rate
     return {"scalar": scalars}
 
 
@@ -141,19 +139,18 @@ def distillation_loss(
     teacher_model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
     # Routes that the data forces are the student's.
     teacher_data = {key: value for key, value in data.items() if key != "forced_routed_experts"}
-    teacher_reported = forward(teacher_model, models.teacher_config, teacher_data, enable_dropout=False)
-    if not is_train and config.mtp_eval_target_module > 0:
-        # The acceptance rate compares MTP's heads with the model's own, on logits as dense as MTP's.
-        (last,) = reported["decoder"]["hidden_states"]
-        reported["logits"] = model.logits_from_hidden_states_for_vocab_tiling(last, True, "train")
-
+    rules = models.teacher_config.logical_axis_rules if is_train else models.teacher_config.logical_axis_rules_for_eval
+    with logical_axis_rules(rules):
+        teacher_reported = forward(teacher_model, models.teacher_config, teacher_data, enable_dropout=False)
     hidden = heads.normed_hidden_states(model, reported, dropout)
     teacher_hidden = heads.normed_hidden_states(teacher_model, teacher_reported, enable_dropout=False)
+    head = heads.head_of(model, config)
+    knows = models.teacher_config, heads.head_of(teacher_model, models.teacher_config), teacher_hidden
     objective, parts = heads.kd_objective(
         models.mesh,
         kd,
-        (config, heads.head_of(model, config), hidden),
-        (models.teacher_config, heads.head_of(teacher_model, models.teacher_config), teacher_hidden),
+        (config, head, hidden),
+        knows,
         data["targets"],
         data["targets_segmentation"] != 0,
         alpha=alpha,
@@ -162,12 +159,18 @@ def distillation_loss(
         evaluation=not is_train,
     )
     n = parts.n
-    moe_lb_loss, mtp_loss = auxiliary_losses(config, reported, is_train)
+    moe_lb_loss, mtp_loss, mtp_sums = load_balancing_loss(config, reported), jnp.float32(0), {}
+    if config.mtp_num_layers > 0 and is_train:
+        mtp_loss, mtp_ce, mtp_kd = mtp.loss(models.mesh, kd, config, head, knows, data, reported, temperature)
+        mtp_sums = {"mtp_ce_loss_sum": n * mtp_ce, "mtp_kd_loss_sum": n * mtp_kd} if kd.kd_mtp_alpha > 0 else {}
+    elif config.mtp_eval_target_module > 0:
+        accepted = mtp.acceptance(models.mesh, kd, config, head, hidden, data, reported)
+        mtp_sums = {"mtp_accepted_sum": accepted.agreement_sum, "mtp_n": accepted.n}
     objective = objective + n * (moe_lb_loss + mtp_loss)
     aux = {
         "sums": {name: value for name, value in parts._asdict().items() if value is not None}
         | {"objective": objective, "z_loss_sum": config.z_loss_multiplier * parts.log_z_sq_sum}
-        | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss},
+        | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss, **mtp_sums},
         "intermediate_outputs": reported,
         "xent_sum": objective,
         "total_weights": n,
@@ -191,28 +194,17 @@ def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -
         decoder_target_mask=data["targets_segmentation"],
         **extra,
     )
-    mtp = {}
-    if config.mtp_num_layers > 0:  # both are kinds of Intermediate: taken out first, or the general pop takes them too
-        kinds = upstream.multi_token_prediction
-        mtp = {
-            "mtp_losses": nnx.pop(model, kinds.mtp_losses).to_pure_dict(),
-            "mtp_acceptance": nnx.pop(model, kinds.mtp_acceptance).to_pure_dict(),
-        }
     reported = nnx.pop(model, nnx.Intermediate).to_pure_dict()
-    return upstream.moe.finalize_deferred_intermediates(reported, config) | mtp
+    return upstream.moe.finalize_deferred_intermediates(reported, config)
 
 
-def auxiliary_losses(config: Any, reported: dict[str, Any], is_train: bool) -> tuple[jax.Array, jax.Array]:
-    """MoE load-balancing and MTP losses, means over the batch with their weights in them, as upstream defines them."""
-    moe_lb_loss = mtp_loss = jnp.float32(0)
-    if config.num_experts > 1:
-        layers = upstream.maxtext_utils.collect_intermediates_by_suffix(reported, "moe_lb_loss")
-        if layers:
-            reduce = jnp.sum if upstream.moe.uses_megatron_seq_aux_loss(config) else jnp.mean
-            moe_lb_loss = reduce(jnp.concatenate(layers)).astype(jnp.float32)
-    if config.mtp_num_layers > 0 and is_train:
-        mtp_loss = jnp.float32(upstream.multi_token_prediction.calculate_mtp_loss(reported, config))
-    return moe_lb_loss, mtp_loss
+def load_balancing_loss(config: Any, reported: dict[str, Any]) -> jax.Array:
+    """MoE's, a mean over the batch with its weight in it, as upstream defines it; 0 for dense models."""
+    layers = upstream.maxtext_utils.collect_intermediates_by_suffix(reported, "moe_lb_loss")
+    if config.num_experts <= 1 or not layers:
+        return jnp.float32(0)
+    reduce = jnp.sum if upstream.moe.uses_megatron_seq_aux_loss(config) else jnp.mean
+    return reduce(jnp.concatenate(layers)).astype(jnp.float32)
 
 
 def loss_and_gradient(
@@ -269,6 +261,7 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
     n = jnp.maximum(sums["n"], 1)
     ce = sums["ce_sum"] / n
     lm_loss = ce + sums["z_loss_sum"] / n  # as upstream means it: with the z-loss
+    distilled_mtp = ("mtp_ce_loss", "mtp_kd_loss") if models.kd.kd_mtp_alpha > 0 else ()
     return {
         "learning/loss": sums["objective"] / n,
         "learning/ce_loss": ce,
@@ -281,4 +274,5 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
         "learning/moe_lb_loss": sums["moe_lb_loss_sum"] / n,
         "learning/mtp_loss": sums["mtp_loss_sum"] / n,
         "learning/total_weights": sums["n"],
+        **{f"learning/{name}": sums[f"{name}_sum"] / n for name in distilled_mtp},
     }

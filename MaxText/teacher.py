@@ -6,6 +6,7 @@ state as an argument, reads it, and it is in no checkpoint of the student.
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +19,13 @@ from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.experimental import v1 as ocp
 
-from MaxText import heads, upstream
+from MaxText import heads, report, upstream
 from MaxText.pyconfig import ConfigError, absolute
 
 Path = tuple[str, ...]
+
+# The arrays with a row or a column per token, and which axis that is.
+VOCABULARY_AXIS: dict[Path, int] = {("token_embedder", "embedding"): 0, ("decoder", "logits_dense", "kernel"): 1}
 
 # Variables a checkpoint need not hold: random streams are drawn afresh and unused, the others live within a call.
 EPHEMERAL = (nnx.RngState, nnx.Cache, nnx.Intermediate)
@@ -130,7 +134,7 @@ def model_arrays(index: Any) -> dict[Path, tuple[Path, tuple[int, ...], np.dtype
     return found
 
 
-def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
+def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: str, shared_vocabulary: int) -> Teacher:
     """Restores the teacher once, each array straight to its shards.
 
     Args:
@@ -138,14 +142,17 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
       checkpoint: where its arrays lie.
       mesh: the student's mesh.
       dtype: what floating-point parameters are held in; "" = as stored.
+      shared_vocabulary: what comes after so many tokens is cut off, or filled up with zeros, to the configured size.
+        0: the stored size must be the configured one.
 
     Raises:
       ConfigError: the checkpoint lacks arrays of the configured model, or holds them in other shapes.
     """
+    config = laid_out(config, mesh)
     create, shapes = created(config, mesh)
     graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(stored)}
-    check_shapes(config, checkpoint, {path: leaf.shape for path, leaf in wanted.items()})
+    check_shapes(config, checkpoint, {path: leaf.shape for path, leaf in wanted.items()}, shared_vocabulary)
 
     def request(path: Path, leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
         target = leaf.get_value()
@@ -155,13 +162,15 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
         return jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding)
 
     requests = {checkpoint.arrays[path][0]: request(path, leaf) for path, leaf in wanted.items()}
-    with upstream.checkpoint_context.build_context(
+    context = upstream.checkpoint_context.build_context(
         use_ocdbt=config.checkpoint_storage_use_ocdbt,
         use_zarr3=config.checkpoint_storage_use_zarr3,
         checkpoint_storage_concurrent_gb=config.checkpoint_storage_concurrent_gb,
         partial_load=True,
         enable_single_replica_ckpt_restoring=config.enable_single_replica_ckpt_restoring,
-    ):
+    )
+    context.array.loading.enable_padding_and_truncation = shared_vocabulary > 0
+    with context:
         name = "items" if (checkpoint.root / "items").exists() else None
         key = f"kd_teacher_parameters_path={str(checkpoint.root)!r}"
         with unreadable_as_config_error(f"{key}: cannot be restored"):
@@ -183,6 +192,7 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
     Args:
       config, mesh, dtype: as for `load`; "" = the configuration's weight_dtype, since no checkpoint tells.
     """
+    config = laid_out(config, mesh)
     _, shapes = created(config, mesh)
     graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
 
@@ -191,6 +201,27 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
         return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
 
     return assembled(config, graphdef, nnx.State.merge(jax.tree.map(held, stored), ephemeral), None)
+
+
+# The logical axes that are as long as a model has attention heads.
+HEAD_AXES = {"heads", "q_heads", "kv_heads", "activation_heads", "activation_kv_heads"}
+
+
+def laid_out(config: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The teacher's settings; its attention heads are whole on each device where the run's layout does not divide them.
+
+    Queries and keys are laid out alike: kernels pair them by place.
+    """
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        shares = max(heads.size(mesh, heads.as_tuple(heads.first_entry(mesh, name))) for name in HEAD_AXES)
+    number = math.gcd(config.num_query_heads, config.num_kv_heads)
+    if number % shares == 0:
+        return config
+    report.say(
+        f"warning: the teacher's {config.num_query_heads} query and {config.num_kv_heads} key-value heads do not "
+        f"divide by {shares} (tensor parallelism): each device holds and computes all of them"
+    )
+    return upstream.without_mesh_axes(config, HEAD_AXES)
 
 
 def created(config: Any, mesh: jax.sharding.Mesh) -> tuple[Any, nnx.Module]:
@@ -211,13 +242,24 @@ def assembled(config: Any, graphdef: nnx.GraphDef, state: nnx.State, checkpoint:
     )
 
 
-def check_shapes(config: Any, checkpoint: Checkpoint, wanted: dict[Path, tuple[int, ...]]) -> None:
+def check_shapes(
+    config: Any, checkpoint: Checkpoint, wanted: dict[Path, tuple[int, ...]], shared_vocabulary: int
+) -> None:
     problems = []
     for path, shape in wanted.items():
-        if path not in checkpoint.arrays:
-            problems.append(f"  {'/'.join(path)}: not in the checkpoint, the model has {shape}")
-        elif checkpoint.arrays[path][1] != tuple(shape):
-            problems.append(f"  {'/'.join(path)}: {checkpoint.arrays[path][1]} stored, the model has {tuple(shape)}")
+        stored = checkpoint.arrays[path][1] if path in checkpoint.arrays else None
+        if stored is None:
+            problems.append(f"  {'/'.join(path)}: not in the checkpoint, the model has {tuple(shape)}")
+        elif shared_vocabulary and path in VOCABULARY_AXIS and len(stored) == len(shape):
+            axis = VOCABULARY_AXIS[path]
+            if stored[axis] < shared_vocabulary:
+                raise ConfigError(
+                    f"kd_vocab_size={shared_vocabulary}: at most the teacher's vocabulary, {stored[axis]} "
+                    f"({'/'.join(path)} is {stored} in {checkpoint.root})"
+                )
+            shape = (*shape[:axis], stored[axis], *shape[axis + 1 :])
+        if stored is not None and stored != tuple(shape):
+            problems.append(f"  {'/'.join(path)}: {stored} stored, the model has {tuple(shape)}")
     if problems:
         shown = "\n".join(problems[:5]) + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ConfigError(

@@ -25,7 +25,7 @@ from flax.core.spmd import logical_axis_rules
 from MaxText import pyconfig, upstream
 
 with epy.lazy_imports():
-    from MaxText import failures, heads, manifest, report, sanity, step, termination
+    from MaxText import failures, heads, manifest, report, sanity, step, termination, vocabularies
     from MaxText import metrics as metrics_lib
     from MaxText import teacher as teacher_lib
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     if kd.use_kd:
         checkpoint = teacher_lib.find_checkpoint(kd.kd_teacher_parameters_path)
         teacher_config = pyconfig.teacher_config(run, checkpoint.scan_layers)
+        vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         report.say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         # 3. Teacher: restored once, on the student's mesh.
         teacher = None
         if kd.use_kd:
-            teacher = teacher_lib.load(teacher_config, checkpoint, student.mesh, kd.kd_teacher_dtype)
+            teacher = teacher_lib.load(teacher_config, checkpoint, student.mesh, kd.kd_teacher_dtype, kd.kd_vocab_size)
         manifest.keep(config, kd, teacher, student.checkpoint_manager)  # a resumed run goes on as it began
 
         # 4. Steps: compiled before the loop, so that step 0 costs what every step costs.

@@ -28,7 +28,7 @@ with epy.lazy_imports():
     import pathwaysutils
     from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler, train_state_nnx
     from maxtext.configs import pyconfig, types
-    from maxtext.input_pipeline import input_pipeline_interface
+    from maxtext.input_pipeline import input_pipeline_interface, tokenizer
     from maxtext.layers import embeddings, moe, multi_token_prediction
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
@@ -85,6 +85,15 @@ def with_vocab_tiling(config: Any) -> Any:
     Any number above 1 does; upstream tiles by it, this project's loss does not read it.
     """
     return pyconfig.HyperParameters(config._pydantic_config.model_copy(update={"num_vocab_tiling": 2}))
+
+
+def without_mesh_axes(config: Any, names: set[str]) -> Any:
+    """The same settings, under which arrays are not sharded along the logical axes of these names, nowhere."""
+    rules = {
+        key: [(name, () if name in names else axes) for name, axes in getattr(config, key)]
+        for key in ("logical_axis_rules", "logical_axis_rules_for_eval")
+    }
+    return pyconfig.HyperParameters(config._pydantic_config.model_copy(update=rules))
 
 
 def preset_folders() -> list[str]:

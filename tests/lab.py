@@ -38,7 +38,9 @@ def make(folder: Any, teacher: str, **keys: Any) -> Lab:
     config = pyconfig.teacher_config(run, checkpoint.scan_layers)
     recorder = upstream.start_engine(run.student)
     student = train.set_up_student(run.student, recorder)
-    return Lab(run, student, teacher_lib.load(config, checkpoint, student.mesh, run.kd.kd_teacher_dtype))
+    return Lab(
+        run, student, teacher_lib.load(config, checkpoint, student.mesh, run.kd.kd_teacher_dtype, run.kd.kd_vocab_size)
+    )
 
 
 def padded_batch(rows: int = 4, length: int = 32, vocabulary: int = 256, seed: int = 0) -> dict[str, jax.Array]:

@@ -20,6 +20,7 @@ from MaxText.distill.blockwise import blockwise_kd
 from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, kd_sums
 
 N, D, E, V = 37, 16, 24, 1900
+SHARED = 1700  # of V tokens, where the models do not have all of them in common
 # The nucleus of 0.3 is found among the largest logits, that of 0.9 by bisection.
 TRUNCATIONS = ({"top_k": 5}, {"top_p": 0.3}, {"top_p": 0.9}, {})
 # Strategies differ where something is truncated; how K was found does not matter to them.
@@ -118,6 +119,47 @@ def test_values_and_gradients_equal_the_plain_form(strategy, keep, monkeypatch):
     # Several chunks of the vocabulary, as at its true size; the first one is shorter.
     monkeypatch.setattr(truncation, "_CHUNK_VALUES", 8 * 500)
     assert_equal(gradients_of(blockwise(block_size=8, **settings))(*arguments), expected)
+
+
+@pytest.mark.parametrize(("strategy", "keep"), CASES, ids=str)
+def test_tokens_that_one_model_lacks_are_in_no_term_that_the_teacher_is_in(strategy, keep, monkeypatch):
+    student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem()
+    # What the models say of those tokens is as loud as it can be.
+    teacher_head = teacher_head.at[:, SHARED:].multiply(30.0)
+    student_head["embedding"] = student_head["embedding"].at[SHARED:].multiply(3.0)
+    arguments = (student_hidden, student_head, teacher_hidden, teacher_head, targets % SHARED, mask, *WEIGHTS)
+    settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+    monkeypatch.setattr(truncation, "_CHUNK_VALUES", 8 * 500)
+    (objective, sums), gradients = gradients_of(blockwise(block_size=8, shared_vocabulary=SHARED, **settings))(
+        *arguments
+    )
+    (expected, expected_sums), expected_gradients = gradients_of(cropped(**settings))(*arguments)
+    assert_equal((objective, sums), (expected, expected_sums))
+    assert_equal(gradients, expected_gradients)
+    assert_equal(gradients_of(plain(shared_vocabulary=SHARED, **settings))(*arguments)[0][1], expected_sums)
+
+
+def cropped(**settings):
+    """The loss put together by hand: cross-entropy of the whole vocabulary, the rest from logits that are cut off."""
+
+    def loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, alpha, temperature, z_weight):
+        student = student_project(student_head, student_hidden)[None]
+        teacher = teacher_project(teacher_head, teacher_hidden)[None, :, :SHARED]
+        target, valid = targets[None], mask[None]
+        sums = kd_sums(student[..., :SHARED], teacher, target, valid, temperature=temperature, **settings)
+        whole = kd_sums(student, student, target, valid)
+        sums = sums._replace(ce_sum=whole.ce_sum, log_z_sq_sum=whole.log_z_sq_sum)
+        return (1 - alpha) * sums.ce_sum + alpha * sums.kd_sum + z_weight * sums.log_z_sq_sum, sums
+
+    return loss
+
+
+def test_a_target_that_the_teacher_lacks_costs_it_infinitely_and_the_student_nothing_more():
+    *arrays, targets, mask = problem()
+    arguments = (*arrays, targets.at[jnp.argmax(mask)].set(SHARED), mask, *WEIGHTS)
+    (objective, sums), gradients = gradients_of(blockwise(block_size=8, shared_vocabulary=SHARED))(*arguments)
+    assert np.isposinf(sums.teacher_ce_sum)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((objective, sums._replace(teacher_ce_sum=0.0), gradients)))
 
 
 def test_any_block_size_gives_the_same():
@@ -349,6 +391,8 @@ def test_evaluation_does_no_gradient_work():
         ({"block_size": 8, "top_k": V + 1}, f"top_k={V + 1}"),
         ({"block_size": 8, "top_k": 2, "top_p": 0.5}, "top_k=2 and top_p=0.5"),
         ({"block_size": 8, "truncation_strategy": "none"}, "truncation_strategy='none'"),
+        ({"block_size": 8, "shared_vocabulary": V + 1}, f"shared_vocabulary={V + 1}"),
+        ({"block_size": 8, "shared_vocabulary": 9, "top_k": 10}, "top_k=10"),
     ),
     ids=str,
 )
@@ -381,10 +425,11 @@ def sharded(mesh, token_axes, vocab_axes, pooled_axes=(), **settings):
 
 def check_sharded_losses():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
-    arguments = (*problem(tokens=40), *WEIGHTS)
+    *arrays, targets, mask = problem(tokens=40)
+    arguments = (*arrays, targets % SHARED, mask, *WEIGHTS)
     layouts = ((("data",), ("tensor",)), (("data", "tensor"), ()), ((), ("data", "tensor")))
     for keep, strategy in zip(TRUNCATIONS, (*TRUNCATION_STRATEGIES, "renormalize"), strict=True):
-        settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+        settings = {"truncation_strategy": strategy, "evaluation": True, "shared_vocabulary": SHARED, **keep}
         expected = gradients_of(plain(**settings))(*arguments)
         for token_axes, vocab_axes in layouts:
             loss = gradients_of(sharded(mesh, token_axes, vocab_axes, block_size=8, **settings))

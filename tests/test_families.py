@@ -127,7 +127,7 @@ class Specimen:
         upstream.checkpointing.save_params_to_path(str(saved), self.saved)
         checkpoint = teacher_lib.find_checkpoint(run.kd.kd_teacher_parameters_path)
         config = pyconfig.teacher_config(run, checkpoint.scan_layers)
-        teacher = teacher_lib.load(config, checkpoint, student.mesh, run.kd.kd_teacher_dtype)
+        teacher = teacher_lib.load(config, checkpoint, student.mesh, run.kd.kd_teacher_dtype, run.kd.kd_vocab_size)
         self.lab = lab_lib.Lab(run, student, teacher)
         self.batch = lab_lib.padded_batch()
 

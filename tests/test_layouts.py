@@ -56,3 +56,14 @@ def test_a_layout_agrees_with_one_device(distil, one_device, layout):
     devices, keys = LAYOUTS[layout]
     run = distil(f"{list(LAYOUTS).index(layout)}", devices, **keys)
     assert_same_run(run, one_device)
+
+
+def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(train, distil):
+    one_head = {"base_num_kv_heads": 1, "override_model_config": "true"}
+    teacher = str(train("one_head_teacher", init_weights_seed=7, **one_head).folder / "checkpoints")
+    keys = {"kd_teacher_parameters_path": teacher, "kd_teacher_overrides": "{base_num_kv_heads: 1}"}
+    keys |= {"eval_interval": 2, "eval_steps": 1}
+    layout = FSDP_OFF | {"ici_tensor_parallelism": 2, "ici_data_parallelism": 2}
+    shared = distil("shared_heads", 4, **keys, **layout)
+    assert "the teacher's 4 query and 1 key-value heads do not divide by 2" in shared.output
+    assert_same_run(shared, distil("whole_heads", **keys))

@@ -46,6 +46,7 @@ class _Static:
     top_k: int
     top_p: float
     truncation_strategy: str
+    shared_vocabulary: int
     block_size: int
     evaluation: bool
     vocabulary: Vocabulary
@@ -76,6 +77,7 @@ def blockwise_kd(
     top_k: int = 0,
     top_p: float = 0.0,
     truncation_strategy: str = "renormalize",
+    shared_vocabulary: int = 0,
     block_size: int,
     evaluation: bool = False,
     vocab_axis: str | tuple[str, ...] | None = None,
@@ -104,6 +106,7 @@ def blockwise_kd(
         temperature: T > 0.
         z_weight: weight of the squared log-sum-exp of the student's logits.
         top_k, top_p, truncation_strategy: as for `kd_loss.kl_divergence`. Static.
+        shared_vocabulary: as for `kd_loss.kd_sums`. Static.
         block_size: tokens of a block. Memory is about three float32 arrays of [block_size, V], four with top_p. Static.
         evaluation: also take kl_t1_sum and agreement_sum. Static.
         vocab_axis: mesh axis, or axes, that shard the vocabulary, where each device's project functions give its own
@@ -128,6 +131,7 @@ def blockwise_kd(
         top_k=top_k,
         top_p=top_p,
         truncation_strategy=truncation_strategy,
+        shared_vocabulary=shared_vocabulary,
         block_size=min(block_size, mask.shape[0]),
         evaluation=evaluation,
         vocabulary=Vocabulary(_axes(vocab_axis)),
@@ -164,6 +168,7 @@ def _check(static, student_hidden, student_head, teacher_hidden, teacher_head, t
         top_k=static.top_k,
         top_p=static.top_p,
         truncation_strategy=static.truncation_strategy,
+        shared_vocabulary=static.shared_vocabulary,
     )
 
 
@@ -296,6 +301,7 @@ class _Maxima(NamedTuple):
     teacher: Float[Array, "n 1"]
     q: Float[Array, "n 1"]  # the student's in the set that q is conditioned on
     q_tail: Float[Array, "n 1"] | None  # the student's outside K
+    shared: Float[Array, "n 1"] | None  # the student's among the tokens that both models have
 
 
 class _Totals(NamedTuple):
@@ -309,6 +315,7 @@ class _Totals(NamedTuple):
     cross: Float[Array, "n 1"]  # over K: p times the difference of the logits over T, from their maxima
     p_tail: Float[Array, "n 1"] | None
     q_tail: Float[Array, "n 1"] | None
+    shared: Float[Array, "n 1"] | None  # the student's among the tokens that both models have, at T = 1
     cross_t1: Float[Array, "n 1"] | None  # over all tokens, at T = 1
 
 
@@ -322,8 +329,16 @@ def _block(
     """
     vocabulary, temperature = static.vocabulary, weights.temperature
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    is_truncated = static.top_k not in (0, vocabulary.size(teacher)) or static.top_p not in (0.0, 1.0)
+    size = vocabulary.size(teacher)
+    shared_size = static.shared_vocabulary or size
+    is_truncated = static.top_k not in (0, shared_size) or static.top_p not in (0.0, 1.0)
     form = _FORMS[static.truncation_strategy] if is_truncated else _NOT_TRUNCATED
+
+    def is_shared(ids):
+        return ids < shared_size if shared_size < size else jnp.ones_like(ids, dtype=bool)
+
+    # To the loss a token that only one of the models has is one without mass.
+    teacher = jnp.where(is_shared(vocabulary.ids(teacher)), teacher, -jnp.inf)
     if is_truncated:
         # Without negative zeros, as kept_bound asks.
         teacher = jnp.where(teacher == 0.0, 0.0, teacher)
@@ -334,13 +349,17 @@ def _block(
     def is_kept(ids, teacher):
         return bound.keeps(teacher, ids) if is_truncated else jnp.ones_like(teacher, dtype=bool)
 
+    def is_in_q(ids, kept):
+        return kept if form.conditions_student else is_shared(ids)
+
     def to_maximize(ids, student, teacher):
         kept = is_kept(ids, teacher)
         return _Maxima(
             student=student,
             teacher=teacher,
-            q=jnp.where(kept, student, -jnp.inf) if form.conditions_student else student,
-            q_tail=jnp.where(kept, -jnp.inf, student) if form.has_tail else None,
+            q=jnp.where(is_in_q(ids, kept), student, -jnp.inf),
+            q_tail=jnp.where(is_shared(ids) & ~kept, student, -jnp.inf) if form.has_tail else None,
+            shared=jnp.where(is_shared(ids), student, -jnp.inf) if static.evaluation else None,
         )
 
     # A tail of no tokens has a maximum of -inf.
@@ -350,23 +369,33 @@ def _block(
     def shift(logits, maximum):
         return (logits - maximum) / temperature
 
+    def shared_at_t1(ids, student, teacher):
+        if not static.evaluation:
+            return {"shared": None, "cross_t1": None}
+        p = jnp.exp(teacher - maxima.teacher)
+        difference = (teacher - maxima.teacher) - (student - maxima.shared)
+        return {
+            "shared": jnp.where(is_shared(ids), jnp.exp(student - maxima.shared), 0.0),
+            "cross_t1": jnp.where(p > 0.0, p * difference, 0.0),
+        }
+
     def to_sum(ids, student, teacher):
         kept = is_kept(ids, teacher)
         p, q = jnp.exp(shift(teacher, maxima.teacher)), jnp.exp(shift(student, maxima.q))
-        teacher_t1 = jnp.exp(teacher - maxima.teacher)
         difference = shift(teacher, maxima.teacher) - shift(student, maxima.q)
-        difference_t1 = (teacher - maxima.teacher) - (student - maxima.student)
         return _Totals(
             student=jnp.exp(student - maxima.student),
-            teacher=teacher_t1,
+            teacher=jnp.exp(teacher - maxima.teacher),
             p=p,
             p_kept=jnp.where(kept, p, 0.0),
-            q=jnp.where(kept, q, 0.0) if form.conditions_student else q,
+            q=jnp.where(is_in_q(ids, kept), q, 0.0),
             # A weight of 0 contributes 0, also where its logarithm is -inf.
             cross=jnp.where(kept & (p > 0.0), p * difference, 0.0),
             p_tail=jnp.where(kept, 0.0, p) if form.has_tail else None,
-            q_tail=jnp.where(kept, 0.0, jnp.exp(shift(student, maxima.q_tail))) if form.has_tail else None,
-            cross_t1=jnp.where(teacher_t1 > 0.0, teacher_t1 * difference_t1, 0.0) if static.evaluation else None,
+            q_tail=jnp.where(is_shared(ids) & ~kept, jnp.exp(shift(student, maxima.q_tail)), 0.0)
+            if form.has_tail
+            else None,
+            **shared_at_t1(ids, student, teacher),
         )
 
     totals = vocabulary.sums(to_sum, student, teacher)
@@ -388,17 +417,16 @@ def _block(
         n=jnp.ones_like(kl),
     )
     if static.evaluation:
-        below_every_id = -vocabulary.size(teacher)
 
         def first_largest(ids, student, teacher):
             return (
-                jnp.where(student == maxima.student, -ids, below_every_id),
-                jnp.where(teacher == maxima.teacher, -ids, below_every_id),
+                jnp.where(is_shared(ids) & (student == maxima.shared), -ids, -size),
+                jnp.where(teacher == maxima.teacher, -ids, -size),
             )
 
         top_student, top_teacher = vocabulary.maxima(first_largest, student, teacher)
         sums = sums._replace(
-            kl_t1_sum=totals.cross_t1 / totals.teacher + jnp.log(totals.student) - jnp.log(totals.teacher),
+            kl_t1_sum=totals.cross_t1 / totals.teacher + jnp.log(totals.shared) - jnp.log(totals.teacher),
             agreement_sum=(top_student == top_teacher).astype(jnp.float32),
         )
     sums = jax.tree.map(lambda per_token: jnp.sum(jnp.where(is_valid, per_token, 0.0)), sums)
@@ -417,9 +445,8 @@ def _block(
     if form.has_tail:
         by_q_tail = jnp.where(has_tail, soft * tail / totals.q_tail, 0.0)
         slope = q - jnp.where(kept, p, by_q_tail * jnp.exp(shift(student, maxima.q_tail)))
-    elif form.conditions_student:
-        slope = jnp.where(kept, q - p, 0.0)
     else:
         slope = q - jnp.where(kept, p, 0.0)
+    slope = jnp.where(is_in_q(ids, kept), slope, 0.0)
     hard_gradient = by_student * jnp.exp(student - maxima.student) - jnp.where(ids == targets, hard, 0.0)
     return sums, hard_gradient + slope

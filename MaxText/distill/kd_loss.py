@@ -129,6 +129,7 @@ def check_kd_arguments(
     top_k: int,
     top_p: float,
     truncation_strategy: str,
+    shared_vocabulary: int = 0,
 ) -> None:
     """Raises ValueError for arguments of the loss that have no meaning. A traced temperature is taken on trust."""
     if student_vocabulary != teacher_vocabulary:
@@ -136,9 +137,11 @@ def check_kd_arguments(
             f"student and teacher logits end in {student_vocabulary} and {teacher_vocabulary} tokens:"
             " expected one vocabulary"
         )
+    if not 0 <= shared_vocabulary <= teacher_vocabulary:
+        raise ValueError(f"shared_vocabulary={shared_vocabulary}: expected 0 (all) to {teacher_vocabulary} tokens")
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a number above 0")
-    check_truncation(teacher_vocabulary, top_k=top_k, top_p=top_p)
+    check_truncation(shared_vocabulary or teacher_vocabulary, top_k=top_k, top_p=top_p)
     if truncation_strategy not in TRUNCATION_STRATEGIES:
         raise ValueError(
             f"truncation_strategy={truncation_strategy!r}: expected one of {', '.join(TRUNCATION_STRATEGIES)}"
@@ -259,6 +262,7 @@ def kd_sums(
     top_k: int = 0,
     top_p: float = 0.0,
     truncation_strategy: str = "renormalize",
+    shared_vocabulary: int = 0,
     evaluation: bool = False,
 ) -> KDSums:
     """Every sum over valid positions that a distillation step, or an evaluation, is made of, from dense logits.
@@ -271,6 +275,9 @@ def kd_sums(
         mask: True at valid positions. The others contribute exactly 0 to values and gradients, whatever their logits
             are, infinities and NaN included.
         temperature, top_k, top_p, truncation_strategy: as for `kl_divergence`.
+        shared_vocabulary: how many of the first token ids both models have; 0 is all. The others are only in the
+            student's cross-entropy and z-loss: each term that the teacher is in leaves them out of both softmaxes. As
+            a target such a token makes teacher_ce_sum infinite.
         evaluation: also compute kl_t1_sum and agreement_sum. Static.
 
     Returns:
@@ -279,6 +286,15 @@ def kd_sums(
     Raises:
         ValueError: by `check_kd_arguments`.
     """
+    check_kd_arguments(
+        student_logits.shape[-1],
+        teacher_logits.shape[-1],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        truncation_strategy=truncation_strategy,
+        shared_vocabulary=shared_vocabulary,
+    )
     truncation: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     # Replaced before any arithmetic: a NaN that is computed and then masked comes back through the gradient.
     student = jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0)
@@ -288,13 +304,16 @@ def kd_sums(
     def total(per_position):
         return jnp.sum(jnp.where(mask, per_position, 0.0), dtype=jnp.float32)
 
-    kl = kl_divergence(student, teacher, truncation_strategy=truncation_strategy, **truncation)
     ce, log_z = cross_entropy_and_log_z(student, targets)
+    shared = shared_vocabulary or student.shape[-1]
+    teacher_ce = cross_entropy(jnp.where(jnp.arange(teacher.shape[-1]) < shared, teacher, -jnp.inf), targets)
+    student, teacher = student[..., :shared], teacher[..., :shared]
+    kl = kl_divergence(student, teacher, truncation_strategy=truncation_strategy, **truncation)
     sums = KDSums(
         ce_sum=total(ce),
         kd_sum=temperature**2 * total(kl),
         log_z_sq_sum=total(log_z**2),
-        teacher_ce_sum=total(cross_entropy(teacher, targets)),
+        teacher_ce_sum=total(teacher_ce),
         kept_mass_sum=total(kept_mass(teacher, **truncation)),
         n=total(jnp.ones_like(ce)),
     )

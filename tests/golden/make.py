@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HERE = pathlib.Path(__file__).parent
-# Nothing is a square or a power of two that need not be: a forgotten scale or transposition shows.
+# Few sizes are equal, few are powers of two: a forgotten scale or transposition shows.
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -37,7 +37,16 @@ SMALL = {
 }
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
-WINDOW = {"sliding_window": 8}  # shorter than the rows
+# A window shorter than the rows. The width is a square: sqrt(width) times a bfloat16 is one again, which matters because
+# MaxText's tied head rounds its table to bfloat16. gemma3_odd is for what that does to other widths.
+GEMMA = {"sliding_window": 8, "hidden_size": 64}
+GEMMA3 = {  # six layers make a cycle, two remain
+    "num_hidden_layers": 8,
+    "query_pre_attn_scalar": 24,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rms_norm_eps": 1e-5, "rope_theta": 500000.0}),
@@ -66,7 +75,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": (  # caps as low as the logits; queries divided by another number than head_dim, as the 27b's
         "gemma2",
-        WINDOW
+        GEMMA
         | {
             "num_hidden_layers": 4,
             "query_pre_attn_scalar": 20,
@@ -74,17 +83,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 5.0,
         },
     ),
-    "gemma3": (  # six layers make a cycle, two remain
-        "gemma3_text",
-        WINDOW
-        | {
-            "num_hidden_layers": 8,
-            "query_pre_attn_scalar": 24,
-            "rope_theta": 1000000.0,
-            "rope_local_base_freq": 10000.0,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
-    ),
+    "gemma3": ("gemma3_text", GEMMA | GEMMA3),
+    "gemma3_odd": ("gemma3_text", GEMMA | GEMMA3 | {"hidden_size": 48, "num_hidden_layers": 6}),
 }
 ROWS = {"llama3.1": (1, 160)}  # its scaling shows late in a row
 

@@ -62,7 +62,8 @@ def saving(config: Any) -> Iterator[None]:
         raise
     except Exception as error:
         reason = first_line(error)
-        raise RunError(f"{config.checkpoint_dir}: the checkpoint could not be written ({reason})") from error
+        key = f"base_output_directory={config.base_output_directory!r}"
+        raise RunError(f"{key}: the checkpoint could not be written to {config.checkpoint_dir} ({reason})") from error
 
 
 @contextlib.contextmanager
@@ -72,10 +73,27 @@ def writing(config: Any, manager: Any) -> Iterator[None]:
         yield
     except OSError as error:
         finish(manager)
-        raise RunError(f"{config.base_output_directory}: {first_line(error)}") from error
+        raise RunError(f"base_output_directory={config.base_output_directory!r}: {first_line(error)}") from error
     except BaseException:
         finish(manager)
         raise
+
+
+def batches(iterator: Iterator[Any], data: str) -> Iterator[Any]:
+    """What the iterator yields; that it fails, in whichever type of the pipelines' own, as RunError.
+
+    Args:
+      iterator: evaluation data; upstream guards training data itself.
+      data: the settings that say where it lies.
+    """
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise RunError(f"{data}: the evaluation data could not be read ({first_line(error)})") from error
+        yield batch
 
 
 def finish(manager: Any) -> None:

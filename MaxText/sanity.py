@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from flax.core.spmd import logical_axis_rules
 
-from MaxText import report
-from MaxText.pyconfig import ConfigError, Distillation
+from MaxText import failures, report
+from MaxText.pyconfig import ConfigError, Distillation, data_settings
 
 # A teacher must undercut the uniform distribution by this share of its cross-entropy not to be warned of. A model that
 # knows no more than how often each token occurs does so several times over; one on foreign tokens is above uniform.
@@ -59,7 +59,7 @@ def check_on_evaluation(config: Any, kd: Distillation, student: Any, steps: Any)
     iterator = student.eval_data_iterator
     if steps.evaluate is None or not hasattr(iterator, "reset"):
         return False
-    batch = next(iter(iterator), None)
+    batch = next(failures.batches(iter(iterator), data_settings(config)), None)
     if batch is None:
         return False
     batch = jax.device_put(batch, steps.eval_data_sharding)

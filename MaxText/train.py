@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         report.say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
-        with upstream.monitored(config, recorder), refusals_as_config_errors(pyconfig.data_settings(config)):
+        with upstream.monitored(config, recorder), refusals_as_config_errors(config):
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
@@ -100,7 +101,7 @@ def set_up_student(config: Any, recorder: Any) -> Student:
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
     """
-    with refusals_as_config_errors(pyconfig.data_settings(config)):
+    with refusals_as_config_errors(config):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
             upstream.train_utils.setup_train_loop(config, recorder)
@@ -134,17 +135,17 @@ def on_sharding(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 @contextlib.contextmanager
-def refusals_as_config_errors(data: str = "") -> Iterator[None]:
-    """What upstream raises while it sets up a run is about the user's input; log_config=true shows its traceback.
-
-    Args:
-      data: the settings that say where the data lies; they open the message where the data is what is wrong.
-    """
+def refusals_as_config_errors(config: Any) -> Iterator[None]:
+    """What upstream raises while it sets up a run is about the user's input; log_config=true shows its traceback."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
         passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-        about = f"{data}: " if data and any(name.startswith("maxtext.input_pipeline") for name in passed) else ""
+        about = ""
+        if any(name.startswith("maxtext.input_pipeline") for name in passed):
+            about = f"{pyconfig.data_settings(config)}: "
+        elif str(getattr(error, "filename", "")).startswith(config.base_output_directory or "\0"):
+            about = f"base_output_directory={config.base_output_directory!r}: "
         what = str(error) or type(error).__name__
         raise pyconfig.ConfigError(f"{about}{what} (log_config=true shows where)") from error
 
@@ -361,7 +362,8 @@ def evaluate(
     assert steps.evaluate is not None
     logger.reset_eval_metrics()
     count = 0
-    for count, batch in enumerate(student.eval_data_iterator, start=1):
+    batches = failures.batches(iter(student.eval_data_iterator), pyconfig.data_settings(config))
+    for count, batch in enumerate(batches, start=1):
         batch = jax.device_put(batch, steps.eval_data_sharding)
         with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules_for_eval):
             sums = steps.evaluate(state, batch)
@@ -382,8 +384,10 @@ def command_line(argv: Sequence[str]) -> None:
         if upstream.is_verbose() and error.__cause__ is not None:
             raise
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, failures.RunError):
+            os._exit(1)  # the threads of a writer that has failed may never end
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         raise pyconfig.ConfigError("enable_diloco=True: its step is not train.py's; allowed is False")
 
     # 2. Student and teacher as shapes on the mesh of the topology.
-    with train_lib.refusals_as_config_errors():
+    with train_lib.refusals_as_config_errors(config):
         mesh = upstream.maxtext_utils.get_mesh_from_config(config, devices_of(config))
         student = abstract_student(config, mesh)
         teacher = teacher_lib.abstract(teacher_config, mesh, kd.kd_teacher_dtype) if kd.use_kd else None

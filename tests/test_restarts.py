@@ -354,8 +354,22 @@ def test_an_output_folder_that_cannot_be_one_is_named(plain, tmp_path):
     (tmp_path / "file").touch()
     keys = plain | {"base_output_directory": tmp_path / "file", "metrics_file": ""}
     message = refusal(tmp_path / "run", keys)
-    assert str(tmp_path / "file") in message
+    assert f"base_output_directory='{tmp_path / 'file'}'" in message
     assert "Not a directory" in message
+
+
+def test_evaluation_data_that_cannot_be_read_ends_a_run_with_a_message(plain, tmp_path):
+    rows = write_rows(tmp_path / "eval.arrayrecord", 400, seed=3)
+    written = bytearray(rows.read_bytes())
+    written[1000:8000] = bytes(7000)  # the index at the end is whole: the file opens
+    rows.write_bytes(written)
+    keys = plain | {"grain_eval_files": rows, "steps": 3, "eval_start_step": 1, "eval_interval": 1, "eval_steps": 0}
+    result = run(tmp_path / "run", keys)
+    assert result.status == 1, result.output[-4000:]
+    assert "Traceback" not in result.output
+    message = result.output[result.output.rindex("error: ") :]
+    assert f"grain_eval_files='{rows}'" in message
+    assert "the evaluation data could not be read" in message
 
 
 @pytest.fixture
@@ -377,7 +391,7 @@ def test_a_full_disk_ends_a_run_with_a_message_and_its_newest_checkpoint_is_whol
     assert result.status == 1, result.output[-4000:]
     assert f"{ROOT}/MaxText/" not in result.output  # no traceback of ours; Orbax logs its threads' own
     message = result.output[result.output.rindex("error: ") :]
-    assert str(small_disk) in message
+    assert f"base_output_directory='{small_disk}" in message
     assert "No space left" in message or "RESOURCE_EXHAUSTED" in message
     assert checkpoints(folder)[-1] >= 5
     assert newest_is_finite(folder)

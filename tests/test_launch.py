@@ -25,6 +25,17 @@ def write_program(path, body):
     path.chmod(0o755)
 
 
+@contextlib.contextmanager
+def group(command, **options):
+    """A process of which nothing is left at the end, nor of the processes that it has started."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 # The status -----------------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +58,7 @@ def test_the_command_gets_its_words_as_they_are():
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_run_that_ends_well_because_of_sigterm_is_to_be_started_again(on_term, status, signals):
     program = f"trap '{on_term}' TERM; echo ready; while :; do sleep 0.05; done"
-    with subprocess.Popen([*RESTARTABLE, "bash", "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with group([*RESTARTABLE, "bash", "-c", program], stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         for _ in range(signals):
             process.send_signal(signal.SIGTERM)
@@ -112,43 +123,39 @@ def two_nodes(folder, *keys):
         coordinator = f"localhost:{free.getsockname()[1]}"
     command = ["bash", "scripts/launch_gpu.sh", SMOKE, "skip_jax_distributed_system=false", "run_name=both"]
     command += [f"base_output_directory={folder}", *keys]
-    processes = []
-    for rank in range(2):
-        nodes = {"NNODES": "2", "NODE_RANK": str(rank), "COORDINATOR": coordinator}
-        output = (folder / f"node{rank}.txt").open("w")
-        variables = os.environ | environment(devices=2) | nodes
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output))
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            nodes = {"NNODES": "2", "NODE_RANK": str(rank), "COORDINATOR": coordinator}
+            variables = os.environ | environment(devices=2) | nodes
+            output = stack.enter_context((folder / f"node{rank}.txt").open("w"))
+            started = group(command, cwd=ROOT, env=variables, stdout=output, stderr=output)
+            processes.append(stack.enter_context(started))
         yield processes
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL) if process.poll() is None else None
-            process.wait()
 
 
 def statuses(processes):
     return [process.wait(300) for process in processes]
 
 
-def wait_for(path, text):
-    for _ in range(1200):
-        if path.exists() and text in path.read_text():
+def wait_for_rows(path, count):
+    for _ in range(600):
+        if path.exists() and len(path.read_text().splitlines()) >= count:
             return
-        time.sleep(0.1)
-    raise AssertionError(f"no {text!r} in {path.read_text()[-3000:]}")
+        time.sleep(0.5)
+    raise AssertionError(f"{path} has fewer than {count} rows after 5 minutes")
 
 
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_two_nodes_that_are_asked_to_leave_save_one_step_and_go_on_from_it(tmp_path):
     """SIGTERM comes to one of them; jax.distributed agrees with the other on the step."""
-    keys = ["per_device_batch_size=1", "steps=200", "checkpoint_period=10000", "learning_rate_schedule_steps=200"]
-    with two_nodes(tmp_path, *keys) as processes:
-        wait_for(tmp_path / "node0.txt", "step 5")
+    keys = ["per_device_batch_size=1", "checkpoint_period=100000", "learning_rate_schedule_steps=100000"]
+    with two_nodes(tmp_path, *keys, "steps=100000") as processes:
+        wait_for_rows(tmp_path / "both/metrics.jsonl", 5)
         processes[1].send_signal(signal.SIGTERM)
         assert statuses(processes) == [0, 143], (tmp_path / "node0.txt").read_text()[-3000:]
-    (saved,) = [int(path.name) for path in (tmp_path / "both/checkpoints").iterdir() if path.name.isdigit()]
-    last = saved + 3
+    last = 3 + max(int(path.name) for path in (tmp_path / "both/checkpoints").iterdir() if path.name.isdigit())
     with two_nodes(tmp_path, *keys, f"steps={last + 1}") as processes:
         assert statuses(processes) == [0, 0], (tmp_path / "node0.txt").read_text()[-3000:]
     assert "step " not in (tmp_path / "node1.txt").read_text()

@@ -21,7 +21,7 @@ import numpy as np
 import report_page
 import run_records
 from matplotlib.ticker import EngFormatter
-from report_page import Chart, Line, Table
+from report_page import Chart, Line, Report, Table
 from rich.console import Console
 from run_records import RecordError, Run
 
@@ -329,8 +329,8 @@ def notes_on(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def report(paths: Sequence[Path], out: Path, console: Console) -> None:
-    """Writes the report, and says on the console where it is and what its reader has to know.
+def compare(paths: Sequence[Path]) -> Report:
+    """What there is to say of the runs.
 
     Raises:
       RecordError: a run cannot be read, or the runs cannot be compared.
@@ -344,13 +344,12 @@ def report(paths: Sequence[Path], out: Path, console: Console) -> None:
     warnings = check_evaluations(runs)
     groups = group(runs)
     per_device = any(run.devices is None for run in runs)
-    notes = [*notes_on(runs, groups), *warnings]
-    tables = [table for table in (results(groups, per_device), differences(groups)) if table.rows]
-    charts = charts_of(groups, per_device)
-    page = report_page.write(out, " · ".join(each.label for each in groups), notes, tables, charts)
-    for note in notes:
-        console.print(f"note: {note}")
-    console.print(f"{page}: {len(runs)} runs, {len(charts)} charts, each a PNG beside it too")
+    return Report(
+        title=" · ".join(each.label for each in groups),
+        notes=[*notes_on(runs, groups), *warnings],
+        tables=[table for table in (results(groups, per_device), differences(groups)) if table.rows],
+        charts=charts_of(groups, per_device),
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -366,11 +365,16 @@ def main(arguments: list[str]) -> None:
     if len(set(given.runs)) < len(given.runs):
         parser.error(f"{max(given.runs, key=given.runs.count)}: is named twice")
     try:
-        report(given.runs, given.out, Console(highlight=False, markup=False, soft_wrap=True))
+        report = compare(given.runs)
+        page = report_page.write(given.out, report)
     except RecordError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {note}")
+    console.print(f"{page}: {len(given.runs)} runs, {len(report.charts)} charts, each a PNG file beside it too")
 
 
 if __name__ == "__main__":

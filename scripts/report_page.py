@@ -5,12 +5,14 @@ The page loads nothing and runs no script; its content security policy says so t
 """
 
 import dataclasses
+import html
 import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import markupsafe
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter, ScalarFormatter
@@ -19,7 +21,7 @@ COLORS = ("#2f7ed8", "#d1495b", "#2a9d5c", "#b8860b", "#8e6fc9", "#d1679a", "#2f
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 STYLES = [(color, dash) for dash, color in itertools.product(DASHES, COLORS)]
 REFERENCE = "#9a7b4f"
-INK = "#010203"  # stands in the SVG where the page's own colour goes
+INK = "#1f2328"  # of axes and text in a PNG file; in the page it gives way to the page's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +68,19 @@ class Table:
     rows: list[list[str]]
 
 
-def draw(chart: Chart, ink: str) -> Figure:
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a page shows, from top to bottom."""
+
+    title: str
+    notes: list[str]
+    tables: list[Table]
+    charts: list[Chart]
+
+
+def draw(chart: Chart) -> Figure:
     colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    with matplotlib.rc_context({key: ink for key in colored}):
+    with matplotlib.rc_context({key: INK for key in colored}):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for line in chart.lines:
@@ -91,26 +103,28 @@ def draw(chart: Chart, ink: str) -> Figure:
     return figure
 
 
-def svg(chart: Chart) -> str:
+def svg(chart: Chart, figure: Figure) -> str:
     """The chart as an element of the page, without size: it is as wide as its place."""
     with matplotlib.rc_context({"svg.hashsalt": chart.slug, "svg.fonttype": "none", "font.family": "sans-serif"}):
         text = io.StringIO()
-        draw(chart, INK).savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     element = text.getvalue()
     element = element[element.index("<svg") :].replace(INK, "currentColor")
-    return element.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.do_forceescape(chart.title)}"', 1)
+    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(chart.title)}"', 1)
 
 
-def write(folder: Path, title: str, notes: list[str], tables: list[Table], charts: list[Chart]) -> Path:
-    """Writes the PNG files and the page into `folder` -> the page."""
+def write(folder: Path, report: Report) -> Path:
+    """Writes the page, and each chart as a PNG file, into `folder` -> the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    for chart in charts:
-        draw(chart, "#222222").savefig(folder / f"{chart.slug}.png", dpi=120)
+    drawings = []
+    for chart in report.charts:
+        figure = draw(chart)
+        figure.savefig(folder / f"{chart.slug}.png", dpi=120)
+        drawings.append(markupsafe.Markup(svg(chart, figure)))
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    drawn = [(chart, jinja2.filters.do_mark_safe(svg(chart))) for chart in charts]
     page = folder / "index.html"
     temporary = page.with_suffix(".tmp")
-    temporary.write_text(template.render(title=title, notes=notes, tables=tables, charts=drawn), encoding="utf-8")
+    temporary.write_text(template.render(report=report, drawings=drawings), encoding="utf-8")
     temporary.replace(page)
     return page
 
@@ -123,7 +137,7 @@ PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,">
-<title>{{ title }}</title>
+<title>{{ report.title }}</title>
 <style>
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e; --rule: #d1d9e0; --note: #fff8e1; }
 @media (prefers-color-scheme: dark) {
@@ -147,15 +161,15 @@ td.long { min-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
-{% if notes %}
+<h1>{{ report.title }}</h1>
+{% if report.notes %}
 <ul class="notes">
-{% for note in notes %}
+{% for note in report.notes %}
 <li>{{ note }}</li>
 {% endfor %}
 </ul>
 {% endif %}
-{% for table in tables %}
+{% for table in report.tables %}
 <h2>{{ table.title }}</h2>
 <p>{{ table.note }}</p>
 <div class="scroll">
@@ -174,11 +188,11 @@ td.long { min-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
 </div>
 {% endfor %}
 <div class="charts">
-{% for chart, drawing in charts %}
+{% for chart in report.charts %}
 <section>
 <h2>{{ chart.title }}</h2>
 <p>{{ chart.note }}</p>
-{{ drawing }}
+{{ drawings[loop.index0] }}
 </section>
 {% endfor %}
 </div>

@@ -471,8 +471,9 @@ def shared_keys() -> set[str]:
     types = upstream.types
     groups = (
         types.HardwareAndMesh, types.LayoutAndSharding, types.DcnParallelism, types.IciParallelism,
-        types.PipelineParallelism, types.OrbaxStorage, types.DatasetGeneral, types.SplashAttention,
-        types.MoEKernels, types.AOT,
+        types.PipelineParallelism, types.OrbaxStorage, types.SplashAttention, types.MoEKernels, types.AOT,
+        # Attention kernels ask which pipeline packed a batch, and upstream checks that its files are named.
+        types.DatasetGeneral, types.GrainDataset, types.HfDataset, types.TfdsDataset, types.OlmoGrainDataset,
     )  # fmt: skip
     layers = {"scan_layers", "param_scan_axis", "inhomogeneous_layer_cycle_interval", "num_layers_per_pipeline_stage",
               "num_pipeline_repeats", "pipeline_parallel_layers"}  # fmt: skip

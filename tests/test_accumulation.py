@@ -6,6 +6,7 @@ Under plain gradient descent at rate 1 what a parameter moves by is its gradient
 import functools
 
 import jax
+import jax.numpy as jnp
 import lab as lab_lib
 import numpy as np
 import pytest
@@ -102,11 +103,25 @@ def assert_same_step(one, other):
 # Dense ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_does_not_depend_on_the_number_of_microbatches(make):
+@pytest.mark.parametrize("microbatches", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_step_does_not_depend_on_the_number_of_microbatches(make, microbatches):
     batch, keys = lab_lib.padded_batch(rows=8), {"z_loss_multiplier": 1e-2}
-    whole, parts = update(make(**keys), batch), update(make(4, **keys), batch)
+    whole, parts = update(make(**keys), batch), update(make(microbatches, **keys), batch)
     assert float(whole[0]["learning/z_loss"]) > 0
     assert_same_step(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["experts", "mtp", "experts and distilled mtp"])
+def test_microbatches_of_equally_many_tokens_add_up_for_every_kind_of_model(make, kind):
+    keys = EXPERTS | DENSE_TEACHER if "experts" in kind else {}
+    keys = keys | MTP if "mtp" in kind else keys
+    keys = keys | {"kd_mtp_alpha": 0.5} if "distilled" in kind else keys
+    batch = lab_lib.padded_batch(rows=8)
+    batch |= {name: jnp.ones_like(batch[name]) for name in ("inputs_segmentation", "targets_segmentation")}
+    whole = update(make(**keys), batch)
+    assert float(whole[0]["learning/moe_lb_loss"] + whole[0]["learning/mtp_loss"]) > 0
+    assert_same_step(whole, update(make(2, **keys), batch))
 
 
 # Mixtures of experts --------------------------------------------------------------------------------------------------
@@ -130,9 +145,49 @@ def test_the_routers_of_a_dense_students_teacher_add_nothing(make, expert_teache
     jax.tree.map(np.testing.assert_array_equal, first, update(balanced, batch))
 
 
+ROUTING = {
+    "every token to its experts, by sparse products": {"sparse_matmul": "true", "megablox": "false"},
+    "as many tokens to an expert as it has room for": MATRICES | {"capacity_factor": 1.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ROUTING)
+def test_what_a_mixture_logs_is_what_it_optimises_however_it_routes(make, routing):
+    lab = make(2, **EXPERTS | DENSE_TEACHER | ROUTING[routing])
+    metrics, _ = assert_logged_is_optimised(lab, lab_lib.padded_batch(rows=8))
+    assert float(metrics["learning/moe_lb_loss"]) > 0
+
+
+@pytest.mark.slow
+def test_a_mixture_learns_from_a_mixture(make, expert_teacher):
+    metrics, _ = assert_logged_is_optimised(make(2, expert_teacher, **EXPERTS), lab_lib.padded_batch(rows=8))
+    assert float(metrics["learning/moe_lb_loss"]) > 0 and float(metrics["learning/kd_loss"]) > 0
+
+
 # Multi-token prediction -----------------------------------------------------------------------------------------------
 
 
 def test_what_a_student_with_mtp_logs_is_what_it_optimises(make):
     metrics, _ = assert_logged_is_optimised(make(2, **MTP), lab_lib.padded_batch(rows=8))
     assert float(metrics["learning/mtp_loss"]) > 0
+
+
+@pytest.mark.slow
+def test_a_teachers_mtp_heads_are_left_in_its_checkpoint(make, train):
+    checkpoint = str(train("mtp_teacher", init_weights_seed=7, **MTP).folder / "checkpoints")
+    lab = make(2, checkpoint)
+    assert not any("mtp_block" in path for path, _ in nnx.to_flat_state(lab.teacher.state))
+    assert_logged_is_optimised(lab, lab_lib.padded_batch(rows=8))
+
+
+@pytest.mark.slow
+def test_the_acceptance_rate_of_an_mtp_head_is_logged(train, teacher):
+    keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "eval_interval": 3, "eval_steps": 1}
+    result = train("mtp_student", **keys, **MTP, mtp_eval_target_module=1, kd_mtp_alpha=0.5)
+    rates = result.column("eval/avg_mtp_acceptance_rate_percent")
+    assert len(rates) == 2 and all(0 <= rate <= 100 for rate in rates)
+    assert "mtp acceptance" in result.output
+    for row in result.rows():
+        mtp = 0.5 * row["learning/mtp_ce_loss"] + 0.5 * row["learning/mtp_kd_loss"]
+        assert row["learning/mtp_loss"] == pytest.approx(0.3 * mtp, rel=1e-5)

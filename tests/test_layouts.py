@@ -27,6 +27,14 @@ LAYOUTS = {
     ),
     "fsdp of 8": (8, {}),
     "context, balanced": (4, {"ici_context_parallelism": 2}),
+    "context, as it comes": (4, {"ici_context_parallelism": 2, "context_parallel_load_balance": "false"}),
+    "tensor": (2, FSDP_OFF | {"ici_tensor_parallelism": 2}),
+    "tensor along the sequence": (4, {"ici_tensor_sequence_parallelism": 2}),
+    "fsdp, transposed": (4, {"ici_fsdp_transpose_parallelism": 2}),
+    "data, fsdp and tensor": (8, {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}),
+    "layers apart": (4, {"scan_layers": "false"}),
+    "nothing kept for the backward pass": (1, {"remat_policy": "full"}),
+    "products kept for the backward pass": (1, {"remat_policy": "minimal"}),
 }
 DEFAULT = ("data, optimizer sharded (ZeRO-1)", "context, balanced")
 STEPS = 3
@@ -67,3 +75,20 @@ def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(
     shared = distil("shared_heads", 4, **keys, **layout)
     assert "the teacher's 4 query and 1 key-value heads do not divide by 2" in shared.output
     assert_same_run(shared, distil("whole_heads", **keys))
+
+
+# A mixture of experts: load-balancing losses are means over each device's tokens, and agree where rows are alike full.
+EXPERT_LAYOUTS = {
+    "expert": (4, FSDP_OFF | {"ici_expert_parallelism": 4}),
+    "expert and fsdp": (4, {"ici_expert_parallelism": 2, "ici_fsdp_parallelism": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_a_layout_of_experts_agrees_with_one_device(distil, layout):
+    devices, keys = EXPERT_LAYOUTS[layout]
+    experts = {"model_name": "deepseek3-mini", "kd_teacher_model_name": "tiny-llama"}
+    experts |= {"sparse_matmul": "false", "megablox": "false"}
+    run = distil(f"experts_{list(EXPERT_LAYOUTS).index(layout)}", devices, **experts, **keys)
+    assert_same_run(run, distil("experts_on_one_device", **experts))

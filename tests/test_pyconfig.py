@@ -92,6 +92,19 @@ def test_what_is_shared_with_the_teacher_says_nothing_of_a_model():
     assert {"context_parallel_load_balance", "mesh_axes", "per_device_batch_size"} <= pyconfig.shared_keys()
 
 
+DATA = {
+    "grain": ("grain_train_files=train*.arrayrecord", "grain_eval_files=eval*.arrayrecord"),
+    "hf": ("hf_path=parquet", "hf_train_files=train.parquet", "hf_eval_files=eval.parquet"),
+    "tfds": ("dataset_path=data", "dataset_name=mine:1.0.0", "eval_dataset_name=mine:1.0.0"),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_a_teacher_with_a_preset_reads_the_students_batches_whatever_they_come_from(kind):
+    run = initialize(*KD, "kd_teacher_model_name=tiny-qwen3", f"dataset_type={kind}", *DATA[kind], "eval_interval=5")
+    assert pyconfig.teacher_config(run, scan_layers=True).dataset_type == run.student.dataset_type == kind
+
+
 def test_the_environment_of_the_student_does_not_reshape_the_teacher(monkeypatch):
     monkeypatch.setenv("M_BASE_EMB_DIM", "32")
     run = pyconfig.initialize([*ENTRY, *KD, "override_model_config=true", "kd_teacher_model_name=tiny-qwen3"])

@@ -132,8 +132,11 @@ def counted(result: Result) -> list[float]:
 
 
 def evaluated(result: Result) -> float:
-    assert result.column("evaluation/kl_t1")[-1] > 0
-    return result.column("evaluation/total_weights")[-1]
+    """The tokens of every evaluation: the same data each time."""
+    assert all(kl > 0 for kl in result.column("evaluation/kl_t1"))
+    first, *others = result.column("evaluation/total_weights")
+    assert others and set(others) == {first}
+    return first
 
 
 def in_file_order(pattern: str) -> list[str]:
@@ -170,7 +173,7 @@ def grain_keys(prepared: pathlib.Path, letters_model: str) -> dict[str, Any]:
 
 
 def test_grain_counts_each_text_in_a_row_of_its_own(student, grain_keys) -> None:
-    result = student("grain", packing=False, eval_interval=2, **grain_keys)
+    result = student("grain", packing=False, eval_interval=1, **grain_keys)
     train, held_out = (in_file_order(grain_keys[f"grain_{split}_files"]) for split in ("train", "eval"))
     assert counted(result) == by_step(in_rows(with_marks(train)))
     assert evaluated(result) == sum(in_rows(with_marks(held_out)))  # the last, incomplete batch too
@@ -181,6 +184,14 @@ def test_grain_counts_each_text_in_a_row_of_its_own(student, grain_keys) -> None
 def test_grain_packs_texts_into_rows(student, grain_keys) -> None:
     result = student("grain_packed", packing=True, **grain_keys)
     assert counted(result) == first_fit(with_marks(in_file_order(grain_keys["grain_train_files"])), STEPS)
+
+
+@pytest.mark.slow
+def test_grain_cuts_long_texts_into_several_rows_if_asked(student, grain_keys) -> None:
+    result = student("grain_chunks", packing=False, use_truncation=False, **grain_keys)
+    lengths = with_marks(in_file_order(grain_keys["grain_train_files"]))
+    chunks = [min(LENGTH, length - start) for length in lengths for start in range(0, length, LENGTH)]
+    assert counted(result) == by_step(in_rows(chunks))
 
 
 @pytest.fixture(scope="session")
@@ -196,7 +207,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.slow
 def test_grain_reads_parquet_in_a_worker_process(student, files, letters_model) -> None:
     result = student(
-        "grain_parquet", packing=False, eval_interval=3, dataset_type="grain", grain_file_type="parquet",
+        "grain_parquet", packing=False, eval_interval=2, dataset_type="grain", grain_file_type="parquet",
         grain_train_files=files["train.parquet"], grain_eval_files=files["eval.parquet"], grain_worker_count=1,
         grain_worker_count_eval=1, tokenizer_type="sentencepiece", tokenizer_path=letters_model,
     )  # fmt: skip
@@ -214,22 +225,26 @@ def hf_keys(kind: str, files: dict[str, str], tokenizer: str) -> dict[str, Any]:
         "hf_train_files": files[f"train.{kind}"],
         "hf_eval_files": files[f"eval.{kind}"],
         "hf_eval_split": "train",  # what datasets calls files that are given by name
-        "grain_worker_count": 0,
         "tokenizer_type": "huggingface",
         "tokenizer_path": tokenizer,
     }
 
 
 def test_hf_counts_each_text_in_a_row_of_its_own(student, files, letters_folder) -> None:
-    result = student("hf", packing=False, eval_interval=2, **hf_keys("json", files, letters_folder))
+    result = student("hf", packing=False, **hf_keys("json", files, letters_folder), grain_worker_count=0)
     assert counted(result) == by_step(in_rows(with_end(TRAIN)))
+
+
+@pytest.mark.slow
+def test_hf_evaluates_whole_batches(student, files, letters_folder) -> None:
+    result = student("hf_eval", packing=False, eval_interval=2, **hf_keys("json", files, letters_folder))
     whole_batches = len(HELD_OUT) // BATCH * BATCH  # what is left over is not evaluated
     assert evaluated(result) == sum(in_rows(with_end(HELD_OUT))[:whole_batches])
 
 
 @pytest.mark.slow
 def test_hf_packs_texts_of_parquet_into_rows(student, files, letters_folder) -> None:
-    result = student("hf_packed", packing=True, **hf_keys("parquet", files, letters_folder))
+    result = student("hf_packed", packing=True, **hf_keys("parquet", files, letters_folder), grain_worker_count=0)
     assert counted(result) == first_fit(with_end(TRAIN), STEPS)
 
 
@@ -255,6 +270,7 @@ def tfds_keys(tmp_path_factory: pytest.TempPathFactory, letters_model: str) -> d
     folder = tmp_path_factory.mktemp("tfds")
     (folder / "write.py").write_text(WRITE_TFDS)
     splits = json.dumps({"train": TRAIN, "validation": HELD_OUT})
+    (folder / "letters/1.0.0").mkdir(parents=True)
     result = execute([str(folder / "write.py")], [str(folder / "letters/1.0.0"), splits], folder)
     assert result.status == 0, result.output[-4000:]
     return {
@@ -276,7 +292,7 @@ def shifted(texts: list[str]) -> list[int]:
 
 @pytest.mark.slow
 def test_tfds_counts_each_text_in_a_row_of_its_own(student, tfds_keys) -> None:
-    result = student("tfds", packing=False, eval_interval=2, **tfds_keys)
+    result = student("tfds", packing=False, eval_interval=1, **tfds_keys)
     assert counted(result) == by_step(shifted(TRAIN))
     assert evaluated(result) == sum(shifted(HELD_OUT)[: len(HELD_OUT) // BATCH * BATCH])
 
@@ -296,6 +312,6 @@ def test_tfds_packs_neighbouring_texts_into_rows(student, tfds_keys) -> None:
 
 @pytest.mark.slow
 def test_synthetic_data_counts_every_position(student) -> None:
-    result = student("synthetic", dataset_type="synthetic", eval_interval=2, eval_steps=2)
+    result = student("synthetic", dataset_type="synthetic", eval_interval=1, eval_steps=2)
     assert counted(result) == [BATCH * LENGTH] * STEPS
     assert evaluated(result) == 2 * BATCH * LENGTH

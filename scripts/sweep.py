@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import omegaconf
+import pydantic
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,9 +32,21 @@ from MaxText import pyconfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")
-FILE_KEYS = {"config": str, "keys": dict, "grid": dict, "exclude": list, "seeds": list}
 SEED_KEYS = ("init_weights_seed", "data_shuffle_seed")
 COLUMNS = {"CE": "evaluation/ce_loss", "KL (T = 1)": "evaluation/kl_t1", "top-1 agreement": "evaluation/top1_agreement"}
+
+
+load_layers = functools.cache(pyconfig.load_layers)  # a second each
+
+
+class Sweep(pydantic.BaseModel, extra="forbid"):
+    """A sweep file; docs/sweeps.md says what its keys mean."""
+
+    config: str
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]]
+    keys: dict[str, Any] = {}
+    exclude: list[dict[str, Any]] = []
+    seeds: list[int] = [0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +82,9 @@ class Run:
 
 
 @functools.cache
-def layers(config: str) -> Any:
-    return pyconfig.load_layers(str(ROOT / config))
-
-
-@functools.cache
 def settings(config: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """What yml files and overrides set, with the engine's defaults of what is read here."""
-    defaults, files = layers(config)
+    defaults, files = load_layers(str(ROOT / config))
     user = omegaconf.OmegaConf.merge(files, omegaconf.OmegaConf.from_dotlist(list(overrides)))
     return {key: defaults[key] for key in ("steps", "eval_interval")} | pyconfig.resolved_keys(defaults, user)
 
@@ -91,30 +99,26 @@ def load(path: Path, overrides: Sequence[str]) -> list[Run]:
     Raises:
       ConfigError: the file is not one, or the trainer would refuse a run.
     """
-    sweep: Any = omegaconf.OmegaConf.to_container(pyconfig.load_yml(str(path)))
-    for key in sweep.keys() | {"config", "grid"}:
-        if not isinstance(sweep.get(key), FILE_KEYS.get(key, ())):
-            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in FILE_KEYS.items())
-            raise pyconfig.ConfigError(f"{path}: {key}={sweep.get(key)!r}: a sweep has {known}; the first two it must")
-    common = sweep.get("keys", {}) | omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(overrides)))
+    try:
+        sweep = Sweep(**omegaconf.OmegaConf.to_container(pyconfig.load_yml(str(path))))
+    except pydantic.ValidationError as error:
+        raise pyconfig.ConfigError(f"{path}: {pyconfig.describe(error)}") from None
+    common = sweep.keys | omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(overrides)))
     runs = []
-    for corner in itertools.product(*(axis(path, key, values) for key, values in sweep["grid"].items())):
+    for corner in itertools.product(*(axis(key, values) for key, values in sweep.grid.items())):
         keys = {key: value for _, part in corner for key, value in part.items()}
-        if not any(excluded.items() <= keys.items() for excluded in sweep.get("exclude", [])):
+        if not any(excluded.items() <= keys.items() for excluded in sweep.exclude):
             point = "-".join(label for label, _ in corner)
-            for seed in sweep.get("seeds", [0]):
-                runs.append(Run(point, seed, sweep["config"], common | keys))
+            runs += [Run(point, seed, sweep.config, common | keys) for seed in sweep.seeds]
     check(path, runs)
     return runs
 
 
-def axis(path: Path, key: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+def axis(key: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """An axis of the grid as (label, keys) of each of its values."""
-    if isinstance(values, list):
-        return [(f"{key.removeprefix('kd_')}{text(value)}", {key: value}) for value in values]
-    if isinstance(values, dict) and all(isinstance(part, dict) for part in values.values()):
+    if isinstance(values, dict):
         return list(values.items())
-    raise pyconfig.ConfigError(f"{path}: grid: {key}={values!r}: a list of values, or labels with the keys each sets")
+    return [(f"{key.removeprefix('kd_')}{text(value)}", {key: value}) for value in values]
 
 
 def check(path: Path, runs: list[Run]) -> None:
@@ -129,17 +133,6 @@ def check(path: Path, runs: list[Run]) -> None:
                 raise pyconfig.ConfigError("two points or seeds have one name")
         except pyconfig.ConfigError as error:
             raise pyconfig.ConfigError(f"{path}: {run.point}: {error}") from None
-
-
-def select(runs: list[Run], patterns: Sequence[str]) -> list[Run]:
-    """Those whose name, or whose point's, matches a pattern; all where there is none."""
-    if not patterns:
-        return runs
-    chosen = [run for run in runs if any(fnmatch.fnmatch(name, p) for name in (run.name, run.point) for p in patterns)]
-    if not chosen:
-        points = ", ".join(dict.fromkeys(run.point for run in runs))
-        raise pyconfig.ConfigError(f"--only {' '.join(patterns)}: none of {points}")
-    return chosen
 
 
 def select(runs: list[Run], patterns: Sequence[str]) -> list[Run]:
@@ -207,7 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a run or a point; * as in a shell")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--xpk", nargs=argparse.REMAINDER, help="print submissions; what follows are options of theirs")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.out = args.out.resolve() if args.out else Path("runs/sweeps") / args.sweep.stem
     return args
 
@@ -224,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     left = [run for run in runs if not last_evaluation(run, args.out)]
     console.print(f"{len(runs)} runs, {len(runs) - len(left)} finished earlier")
-    failures = []
+    failures: list[str] = []
     for run in track(left, console=console, transient=True, disable=not console.is_terminal):
         console.print(f"{run.name}  $ {shlex.join(run.command(args.out))}", markup=False)
         failures += filter(None, [train(run, args.out)])

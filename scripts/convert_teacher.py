@@ -24,7 +24,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays pass through the host's 
 import hugging_face
 import huggingface_hub
 import jax
-import numpy as np
 import safetensors
 from etils import epath, epy
 from rich.console import Console
@@ -41,6 +40,13 @@ with epy.lazy_imports():
 WEIGHTS = "*.safetensors"
 TOKENIZER = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
              "vocab.*", "merges.txt", "*.model", "chat_template*")  # fmt: skip
+# Settings that say nothing of a model: for this machine, without data.
+NEUTRAL = {
+    "run_name": "conversion", "base_output_directory": "", "metrics_file": "", "dataset_type": "synthetic",
+    "hardware": "cpu", "skip_jax_distributed_system": True, "enable_checkpointing": False, "attention": "dot_product",
+    "override_model_config": True, "sparse_matmul": False, "megablox": False, "jax_cache_dir": "", "log_config": False,
+    "quantization": "", "mtp_num_layers": 0,
+}  # fmt: skip
 BATCH = 1 << 30  # bytes of small arrays that are written at once
 
 Shape = tuple[int, ...]
@@ -50,7 +56,7 @@ Shape = tuple[int, ...]
 
 
 def fetch(hf: str) -> pathlib.Path:
-    """The model's folder: `hf` itself, or the hub's model of that name in Hugging Face's cache, downloaded as needed."""
+    """The model's folder: `hf` itself, or the hub's model of that name in Hugging Face's cache, fetched as needed."""
     folder = pathlib.Path(hf).expanduser()
     if folder.is_dir():
         return folder
@@ -59,8 +65,9 @@ def fetch(hf: str) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hf, allow_patterns=[WEIGHTS, "*.json", *TOKENIZER]))
     except Exception as error:  # of the hub's own kinds, of its connection's, of the disk's
+        reason = failures.first_line(error)
         raise pyconfig.ConfigError(
-            f"--hf {hf!r}: no such folder, and as a model on the hub it cannot be fetched ({failures.first_line(error)})"
+            f"--hf {hf!r}: no such folder, and as a model on the hub it cannot be fetched ({reason})"
         ) from error
 
 
@@ -136,11 +143,16 @@ def locate(names: set[str], expected: dict[str, Any], stored: dict[str, Shape]) 
 
 def maxtext_config(name: str, changed: dict[str, Any], scan_layers: bool) -> Any:
     """MaxText's configuration of the preset `name` with `changed` keys, to take shapes from."""
-    neutral = {"run_name": "convert", "base_output_directory": "", "dataset_type": "synthetic", "hardware": "cpu",
-               "skip_jax_distributed_system": True, "enable_checkpointing": False, "override_model_config": True,
-               "attention": "dot_product", "sparse_matmul": False, "megablox": False, "jax_cache_dir": ""}  # fmt: skip
-    keys = neutral | {"model_name": name, "scan_layers": scan_layers} | changed
+    keys = NEUTRAL | {"model_name": name, "scan_layers": scan_layers} | changed
     return pyconfig.initialize(["convert_teacher.py", *(f"{key}={value}" for key, value in keys.items())]).student
+
+
+def model_info(config: Any) -> tuple[dict[str, tuple[int, Shape]], Any]:
+    """Name of each of the model's parameters -> its place in the flattened tree and its shape; and that tree."""
+    with upstream.silence():
+        to_maxtext.LazyTensor  # noqa: B018  the first touch imports, and lets absl tell everything
+        upstream.set_verbose(False)
+        return to_maxtext.get_maxtext_model_info(config)
 
 
 def lazy_arrays(
@@ -148,10 +160,8 @@ def lazy_arrays(
 ) -> list[tuple[Any, Any]]:
     """Path -> array of MaxText's checkpoint, read and transformed when asked for (MaxText's LazyTensor)."""
     tables = hugging_face.tables(hf_config, config, saving=False)
+    wanted, treedef = model_info(config)
     with upstream.silence():
-        to_maxtext.LazyTensor  # noqa: B018  the first touch imports, and lets absl tell everything
-        upstream.set_verbose(False)
-        wanted, treedef = to_maxtext.get_maxtext_model_info(config)
         keys = utils.validate_and_filter_param_map_keys(tables.names.keys(), wanted.keys())
     needed = {name for key in keys for name in jax.tree.leaves(tables.names[key])}
     on_disk = locate(needed, tables.shapes, stored_tensors(folder))
@@ -260,10 +270,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Makes a teacher of a Hugging Face model: a checkpoint of MaxText's that holds its parameters.",
         epilog=f"Architectures: {', '.join(hugging_face.FAMILIES)}. docs/convert.md has more.",
     )
-    parser.add_argument("--hf", required=True, help="the model's folder (config.json, safetensors) or its name on the hub")
+    parser.add_argument(
+        "--hf", required=True, help="the model's folder (config.json, safetensors) or its name on the hub"
+    )
     parser.add_argument("--output", required=True, help="a new folder, local or gs://")
     parser.add_argument(
-        "--model-name", default="", help="MaxText's preset; by default the one that fits, and what differs is overridden"
+        "--model-name",
+        default="",
+        help="MaxText's preset; by default the one that fits, and what differs is overridden",
     )
     parser.add_argument(
         "--dtype",
@@ -294,11 +308,12 @@ def main(argv: list[str]) -> None:
         copy_tokenizer(folder, output)
         save(output, arrays, config, console)
     except (OSError, ValueError) as error:  # tensorstore's are of the second kind
-        raise failures.RunError(
-            f"{output}: the checkpoint could not be written ({failures.first_line(error)}); the same command begins anew"
-        ) from error
+        reason = failures.first_line(error)
+        raise failures.RunError(f"{output}: not converted ({reason}); the same command begins anew") from error
     size = sum(int(array.nbytes) for _, array in arrays)
-    console.print(f"{hf_config.model_type} -> {name}, {size / 1e9:.3g} GB in {arguments.dtype}, {output / '0' / 'items'}")
+    console.print(
+        f"{hf_config.model_type} -> {name}, {size / 1e9:.3g} GB in {arguments.dtype}, {output / '0' / 'items'}"
+    )
     console.print(next_commands(output, name, changed), markup=False)
 
 

@@ -69,9 +69,7 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(
-        "llama2", "llama3.1-8b", SIZES | EPSILON, SILU | {"attention_bias": False, "mlp_bias": False}
-    ),
+    "llama": Family("llama2", "llama3.1-8b", SIZES | EPSILON, SILU | {"attention_bias": False, "mlp_bias": False}),
     "mistral": Family("mistral", "llama3.1-8b", SIZES | EPSILON, SILU | NO_WINDOW),
     "mixtral": Family(
         "mixtral",
@@ -127,7 +125,9 @@ def architecture(config: transformers.PreTrainedConfig) -> dict[str, Any]:
     family = family_of(config)
     if getattr(config, "quantization_config", None):
         raise pyconfig.ConfigError("quantization_config: quantized weights are not supported; use the original ones")
-    built_in = family.built_in | ({"layer_types": layer_types(family, config.num_hidden_layers)} if family.pattern else {})
+    built_in = family.built_in | (
+        {"layer_types": layer_types(family, config.num_hidden_layers)} if family.pattern else {}
+    )
     for name, only in built_in.items():
         value = getattr(config, name)
         if value != only and not (only is False and value is None):
@@ -161,7 +161,7 @@ def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, A
     if family.decoder_block == "gemma3":
         local, given = dict(given["sliding_attention"]), dict(given["full_attention"])
         if local.get("rope_type", "default") == "default":
-            keys = {"local_rope_max_timescale": int(local["rope_theta"])}
+            keys: dict[str, Any] = {"local_rope_max_timescale": int(local["rope_theta"])}
             keys["rope_linear_scaling_factor"] = given.get("factor", 1.0)
             if given.get("rope_type", "default") in ("default", "linear"):
                 return keys | {"rope_max_timescale": int(given["rope_theta"])}
@@ -229,7 +229,9 @@ def check_same(config: Any, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         own = held(config, key)
         own = getattr(own, "value", own)
-        if own != value and not (key == "rope_type" and interleaved(config)):  # llama3.1 without its scaling is plain
+        if key == "rope_type" and interleaved(config):  # llama3.1 without its scaling is plain
+            continue
+        if (own or 0) != value:
             raise pyconfig.ConfigError(f"{key}={own!r}: Hugging Face's model of this kind has {value!r}")
 
 
@@ -363,7 +365,10 @@ def tables(hugging_face: transformers.PreTrainedConfig, config: Any, saving: boo
     if family.table == "llama3.1-8b" and not interleaved(config):
         # Theirs interleave the halves of a head, as MaxText's llama3.1 positions want it; its plain ones do not.
         plain = param_mapping.HOOK_FNS["mixtral-8x7b"](text, config, scan_layers=layers, saving_to_hf=saving)
-        made |= {key: hook for key, hook in plain.items() if "self_attention" in key}
+        made |= {key: hook for key, hook in plain.items() if key.endswith(("query-kernel", "key-kernel"))}
+    if family.decoder_block == "mixtral":  # theirs would save the output projection transposed
+        right = param_mapping.HOOK_FNS["llama3.1-8b"](text, config, scan_layers=layers, saving_to_hf=saving)
+        made |= {key: hook for key, hook in right.items() if key.endswith("out-kernel")}
     return Tables(names, made, hf_shape.HF_SHAPE[family.table](whole))
 
 

@@ -37,8 +37,8 @@ SMALL = {
 }
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
-# A window shorter than the rows. The width is a square: sqrt(width) times a bfloat16 is one again, which matters because
-# MaxText's tied head rounds its table to bfloat16. gemma3_odd is for what that does to other widths.
+# A window shorter than the rows. The width is a square: sqrt(width) times a bfloat16 is one again, and MaxText's tied
+# head rounds its table to bfloat16. gemma3_odd is for what that does to other widths.
 GEMMA = {"sliding_window": 8, "hidden_size": 64}
 GEMMA3 = {  # six layers make a cycle, two remain
     "num_hidden_layers": 8,

@@ -186,7 +186,7 @@ def test_the_acceptance_rate_of_an_mtp_head_is_logged(train, teacher):
     keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "eval_interval": 3, "eval_steps": 1}
     result = train("mtp_student", **keys, **MTP, mtp_eval_target_module=1, kd_mtp_alpha=0.5)
     rates = result.column("eval/avg_mtp_acceptance_rate_percent")
-    assert len(rates) == 2 and all(0 <= rate <= 100 for rate in rates)
+    assert len(rates) == 3 and all(0 <= rate <= 100 for rate in rates)
     assert "mtp acceptance" in result.output
     for row in result.rows():
         mtp = 0.5 * row["learning/mtp_ce_loss"] + 0.5 * row["learning/mtp_kd_loss"]

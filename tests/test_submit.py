@@ -1,7 +1,11 @@
 """Laws of a submission: what it refuses, what reaches the trainer, what xpk and Kubernetes are asked for."""
 
+import contextlib
+import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -196,3 +200,137 @@ def test_every_slice_has_its_devices_and_a_label():
             cores = 2 if name.startswith("tpu7x") else 1  # devices of a chip
             assert tpu.hosts * tpu.chips_per_host * cores == spec.devices_per_slice, name
             assert submit_xpk.find_slice(tpu.xpk_type) == tpu
+
+
+# The real xpk, which needs neither gcloud, kubectl nor a network for its dry run --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xpk(tmp_path_factory):
+    """The folder with the programs of the pinned xpk's environment, made here where docs/cluster.md has not made it."""
+    if not (submit_xpk.XPK_VENV / "xpk").exists():
+        folder = tmp_path_factory.mktemp("xpk") / "venv"
+        uv = [sys.executable, "-m", "uv", "--quiet"]
+        subprocess.run([*uv, "venv", "--python", sys.executable, folder], check=True)
+        requirements = ROOT / "deploy/requirements-xpk.txt"
+        subprocess.run([*uv, "pip", "install", "--python", folder / "bin/python", "-r", requirements], check=True)
+        return folder / "bin"
+    return submit_xpk.XPK_VENV
+
+
+def run_xpk(program, folder, *words):
+    variables = {"HOME": str(folder), "PATH": "/usr/bin:/bin", "TELEMETRY_ENABLED": "false"}
+    result = subprocess.run([program, *words], cwd=folder, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def created(capsys, xpk, folder, *more, **keys):
+    """The JobSet that xpk makes of our call."""
+    where = ["--project=p", "--zone=us-east5-b"]  # else it asks gcloud
+    call = shlex.split(printed(capsys, "--dry-run", *where, *more, **keys))
+    run_xpk(xpk / "xpk", folder, *call[1:], "--dry-run", f"--output-manifest-file={folder}/jobset.yaml")
+    return yaml.safe_load((folder / "jobset.yaml").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_the_recorded_options_are_those_of_the_pinned_xpk(xpk, tmp_path):
+    shown = run_xpk(xpk / "xpk", tmp_path, "workload", "create", "--help")
+    flags = {flag for line in shown.splitlines() if line.startswith("  -") for flag in re.findall(r"--[a-z-]+", line)}
+    assert sorted(flags) == (ROOT / "deploy/xpk_flags.txt").read_text().splitlines()[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize("image", [IMAGE, "--base-docker-image=gcr.io/project/base:1"])
+def test_xpk_makes_of_our_call_what_our_jobset_says(capsys, xpk, tmp_path, image):
+    more = ["--num-slices=2", "--max-restarts=3", "--env=LIBTPU_INIT_ARGS=--a=1 --b={2}", *AWKWARD]
+    theirs = created(capsys, xpk, tmp_path, *more, image=image)
+    ours = jobset(capsys, *more)
+    for path in (
+        ("metadata", "annotations"),
+        ("spec", "failurePolicy", "maxRestarts"),
+        *(("spec", "replicatedJobs", 0, *rest) for rest in (("replicas",), ("template", "spec", "parallelism"))),
+        *(("spec", "replicatedJobs", 0, "template", "spec", key) for key in ("completions", "backoffLimit")),
+    ):
+        assert reach(theirs, path) == reach(ours, path), path
+    for key in ("nodeSelector", "hostNetwork", "dnsPolicy", "terminationGracePeriodSeconds", "restartPolicy"):
+        assert pod(theirs)[key] == pod(ours)[key], key
+    their_container, our_container = pod(theirs)["containers"][0], pod(ours)["containers"][0]
+    for key in ("env", "resources", "securityContext"):
+        assert their_container[key] == our_container[key], key
+    assert f"(exec {shlex.join(our_container['command'])}) &" in their_container["command"][2]
+    (rule,) = reach(theirs, ("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules"))
+    assert {1, 143} < set(rule["onExitCodes"]["values"]) and 2 not in rule["onExitCodes"]["values"]
+
+
+def reach(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_xpk_knows_every_slice_by_the_same_hosts_topology_and_label(xpk, tmp_path):
+    source = (
+        "import json; from xpk.core.system_characteristics import UserFacingNameToSystemCharacteristics as table; "
+        "keys = 'gke_accelerator', 'topology', 'vms_per_slice', 'chips_per_vm'; "
+        "print(json.dumps({name: [getattr(spec, key) for key in keys] for name, spec in table.items()}))"
+    )
+    known = json.loads(run_xpk(xpk / "python", tmp_path, "-c", source).splitlines()[-1])
+    slices = [submit_xpk.find_slice(name) for name, spec in upstream.topologies().items() if spec.platform == "tpu"]
+    assert {tpu.name for tpu in slices if tpu.xpk_type not in known} == submit_xpk.UNKNOWN_TO_XPK
+    different = {
+        tpu.name: (known[tpu.xpk_type], [tpu.accelerator, tpu.topology, tpu.hosts, tpu.chips_per_host])
+        for tpu in slices
+        if tpu.xpk_type in known
+        and known[tpu.xpk_type] != [tpu.accelerator, tpu.topology, tpu.hosts, tpu.chips_per_host]
+    }
+    assert different == {}
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize(("ending", "status"), [("exit 0", 143), ("exit 1", 1), ("", 143)])
+def test_in_xpks_container_sigterm_reaches_the_trainer_and_a_saved_run_is_restarted(
+    capsys, xpk, tmp_path, ending, status
+):
+    """The container's command as xpk writes it, with a shell in the trainer's place."""
+    command = pod(created(capsys, xpk, tmp_path))["containers"][0]["command"]
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy/restartable.sh").write_text((ROOT / "deploy/restartable.sh").read_text())
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    handler = f"trap 'echo saved; {ending}' TERM; " if ending else ""
+    python.write_text(f"#!/bin/bash\n{handler}echo ready $1; while :; do sleep 0.05; done\n")
+    python.chmod(0o755)
+    variables = {"PATH": f"{python.parent}:/usr/bin:/bin"}
+    options = {"cwd": tmp_path, "env": variables, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **options) as process:
+        try:
+            for line in process.stdout:
+                if line == "ready MaxText/train.py\n":
+                    break
+            process.send_signal(signal.SIGTERM)
+            rest, _ = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == status
+    assert ("saved" in rest) == bool(ending)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_xpk_puts_the_code_on_a_base_image_and_leaves_out_what_is_made_here(xpk, tmp_path):
+    source = (
+        f"from docker.utils import build; lines = open('{ROOT}/.dockerignore').read().splitlines(); "
+        f"paths = build.exclude_paths('{ROOT}', [line for line in lines if line and line[0] != '#']); "
+        "print(*sorted(paths), sep='\\n')"
+    )
+    paths = run_xpk(xpk / "python", tmp_path, "-c", source).splitlines()
+    assert {"MaxText/train.py", "deploy/restartable.sh", "configs/smoke.yml", "pyproject.toml"} < set(paths)
+    made = (".venv", ".git/", "runs", "build/")
+    assert [path for path in paths if path.startswith(made) or "__pycache__" in path] == []

@@ -32,7 +32,6 @@ LAYOUTS = {
     "tensor along the sequence": (4, {"ici_tensor_sequence_parallelism": 2}),
     "fsdp, transposed": (4, {"ici_fsdp_transpose_parallelism": 2}),
     "data, fsdp and tensor": (8, {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}),
-    "layers apart": (4, {"scan_layers": "false"}),
     "nothing kept for the backward pass": (1, {"remat_policy": "full"}),
     "products kept for the backward pass": (1, {"remat_policy": "minimal"}),
 }
@@ -64,6 +63,12 @@ def test_a_layout_agrees_with_one_device(distil, one_device, layout):
     devices, keys = LAYOUTS[layout]
     run = distil(f"{list(LAYOUTS).index(layout)}", devices, **keys)
     assert_same_run(run, one_device)
+
+
+@pytest.mark.slow
+def test_a_student_whose_layers_lie_apart_agrees_with_one_device(distil):
+    apart = {"scan_layers": "false"}  # other weights from the same seed than with layers in one array
+    assert_same_run(distil("apart", 4, **apart), distil("apart_on_one_device", **apart))
 
 
 def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(train, distil):

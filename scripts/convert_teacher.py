@@ -48,6 +48,7 @@ NEUTRAL = {
     "quantization": "", "mtp_num_layers": 0,
 }  # fmt: skip
 BATCH = 1 << 30  # bytes of small arrays that are written at once
+CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
 
 Shape = tuple[int, ...]
 
@@ -215,9 +216,12 @@ def save(output: epath.Path, arrays: list[tuple[Any, Any]], config: Any, console
     """Writes the arrays as <output>/0/items, which appears when it is whole."""
     unfinished = output / "unfinished"
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    storage = {"use_ocdbt": config.checkpoint_storage_use_ocdbt, "use_zarr3": config.checkpoint_storage_use_zarr3}
     with (
-        upstream.checkpoint_context.build_context(**storage),
+        upstream.checkpoint_context.build_context(
+            use_ocdbt=config.checkpoint_storage_use_ocdbt,
+            use_zarr3=config.checkpoint_storage_use_zarr3,
+            ocdbt_target_data_file_size_bytes=CHUNK,
+        ),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task("", total=sum(int(array.nbytes) for _, array in arrays))

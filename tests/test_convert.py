@@ -158,8 +158,14 @@ def test_gemmas_table_is_exact_and_maxtexts_head_rounds_it_to_bfloat16(teachers)
 def test_several_files_and_several_writes_are_the_same_checkpoint(base, teachers, monkeypatch):
     golden.write("llama3", base / "files_hf", files=3)
     monkeypatch.setattr(convert_teacher, "BATCH", 20_000)
+    monkeypatch.setattr(convert_teacher, "CHUNK", 4096)
     convert(base / "files_hf", base / "files", PRESETS["llama3"])
     assert_equal(arrays(base / "files"), arrays(teachers("llama3")))
+    index = ocp.metadata(base / "files/0", checkpointable_name="items").metadata
+    chunks = [
+        leaf.storage_metadata.chunk_shape for leaf in jax.tree.leaves(index, is_leaf=lambda x: hasattr(x, "shape"))
+    ]
+    assert 512 < max(map(math.prod, chunks)) <= 1024  # of float32: no shard has to read a whole array
 
 
 def test_bfloat16_is_the_float32_checkpoint_rounded_once(base, teachers):

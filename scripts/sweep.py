@@ -177,7 +177,7 @@ def table(runs: Sequence[Run], out: Path) -> Table:
     """The last evaluations: mean and standard deviation over the seeds that are finished."""
     view = Table(title=str(out), title_justify="left")
     for heading in ("", "seeds", *COLUMNS):
-        view.add_column(heading, justify="right" if heading else "left")
+        view.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for point in dict.fromkeys(run.point for run in runs):
         rows = [row for run in runs if run.point == point and (row := last_evaluation(run, out))]
         view.add_row(point, str(len(rows)), *(spread([r[c] for r in rows if c in r]) for c in COLUMNS.values()))

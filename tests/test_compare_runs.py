@@ -191,12 +191,14 @@ def test_an_event_cut_off_by_a_kill_is_left_out_and_said(record: Callable[..., P
 
 
 def test_rows_that_a_restart_replaced_do_not_count(record: Callable[..., Path]) -> None:
-    before, after = rows_of("a", bias=9.0), [row for row in rows_of("a") if row["step"] >= 25]
-    expected = {row["step"]: 3 + 9 * (row["step"] < 25) + 5 * math.exp(-row["step"] / 10) for row in before}
-    killed_at = [row for row in before if row["step"] < 33]
-    run = run_records.read_run(record("a", killed_at + after))
+    """Killed at step 33, restored at 25, and not yet as far again."""
+    before = [row for row in rows_of("a", bias=9.0) if row["step"] < 33]
+    after = [row for row in rows_of("a") if 25 <= row["step"] < 30]
+    expected = {step: 3 + 9 * (step < 25) + 5 * math.exp(-step / 10) for step in range(30)}
+    run = run_records.read_run(record("a", before + after))
     assert run.series("learning/ce_loss") == pytest.approx(expected)
-    folder = record("b", killed_at, events_only=True)
+    assert list(run.series("evaluation/ce_loss")) == [10, 20]
+    folder = record("b", before, events_only=True)
     write_events(folder, {"run_name": "b"} | SETTINGS, after, order=".later")
     assert len(list((folder / "tensorboard").rglob("events*"))) == 2
     assert run_records.read_run(folder).series("learning/ce_loss") == pytest.approx(expected, rel=1e-6)
@@ -386,6 +388,15 @@ def test_runs_are_compared_at_the_compute_that_all_of_them_reached(record: Calla
 def test_speed_is_tokens_by_seconds(record: Callable[..., Path]) -> None:
     seconds = sum(1 / (100.0 + step) for step in range(1, STEPS))  # one token a step; the first step is left out
     assert results(record("a"))["a"]["tokens/s"] == f"{4 * (STEPS - 1) / seconds:,.0f}"
+
+
+def test_a_long_curve_of_speed_is_thinned_to_tokens_by_seconds(
+    record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_runs, "POINTS", 10)
+    [chart] = [chart for chart in compare_runs.compare([record("a")]).charts if chart.slug == "speed"]
+    seconds = [sum(1 / (100.0 + step) for step in range(start, start + 4)) for start in range(0, STEPS, 4)]
+    assert chart.lines[0].y == pytest.approx([4 * 4 / each for each in seconds])
 
 
 def test_a_long_curve_is_thinned_to_means(record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

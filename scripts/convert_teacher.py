@@ -47,7 +47,7 @@ NEUTRAL = {
     "override_model_config": True, "sparse_matmul": False, "megablox": False, "jax_cache_dir": "", "log_config": False,
     "quantization": "", "mtp_num_layers": 0,
 }  # fmt: skip
-BATCH = 1 << 30  # bytes of small arrays that are written at once
+BATCH = 1 << 28  # bytes of small arrays that are written at once
 CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
 
 Shape = tuple[int, ...]

@@ -39,12 +39,13 @@ def ends_in_hidden_states(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.Graph
     model = root.model if hasattr(root, "model") else root
     model.decoder.config = upstream.with_vocab_tiling(model.decoder.config)
     if model.config.mtp_num_layers > 0:
-        model.decoder.__class__ = reporting(type(model.decoder))
+        decoder: Any = type(model.decoder)
+        model.decoder.__class__ = reporting(decoder)
     return nnx.graphdef(root)
 
 
 @functools.cache
-def reporting(decoder: type) -> type:
+def reporting(decoder: Any) -> Any:
     """The decoder's class, whose output head reports what an MTP layer gives it instead of projecting it."""
 
     class Reporting(decoder):

@@ -159,18 +159,20 @@ def distillation_loss(
         evaluation=not is_train,
     )
     n = parts.n
-    moe_lb_loss, mtp_loss, mtp_sums = load_balancing_loss(config, reported), jnp.float32(0), {}
+    moe_lb_loss, mtp_loss = load_balancing_loss(config, reported), jnp.float32(0)
+    sums: Scalars = {name: value for name, value in parts._asdict().items() if value is not None}
     if config.mtp_num_layers > 0 and is_train:
         mtp_loss, mtp_ce, mtp_kd = mtp.loss(models.mesh, kd, config, head, knows, data, reported, temperature)
-        mtp_sums = {"mtp_ce_loss_sum": n * mtp_ce, "mtp_kd_loss_sum": n * mtp_kd} if kd.kd_mtp_alpha > 0 else {}
-    elif config.mtp_eval_target_module > 0:
+        if kd.kd_mtp_alpha > 0:
+            sums |= {"mtp_ce_loss_sum": n * mtp_ce, "mtp_kd_loss_sum": n * mtp_kd}
+    elif not is_train and config.mtp_eval_target_module > 0:
         accepted = mtp.acceptance(models.mesh, kd, config, head, hidden, data, reported)
-        mtp_sums = {"mtp_accepted_sum": accepted.agreement_sum, "mtp_n": accepted.n}
+        sums |= {"mtp_accepted_sum": accepted.agreement_sum, "mtp_n": accepted.n}  # type: ignore[dict-item]
     objective = objective + n * (moe_lb_loss + mtp_loss)
     aux = {
-        "sums": {name: value for name, value in parts._asdict().items() if value is not None}
+        "sums": sums
         | {"objective": objective, "z_loss_sum": config.z_loss_multiplier * parts.log_z_sq_sum}
-        | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss, **mtp_sums},
+        | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss},
         "intermediate_outputs": reported,
         "xent_sum": objective,
         "total_weights": n,

@@ -10,6 +10,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import markupsafe
@@ -80,7 +81,8 @@ class Report:
 
 def draw(chart: Chart) -> Figure:
     colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    with matplotlib.rc_context({key: INK for key in colored}):
+    inked: Any = dict.fromkeys(colored, INK)
+    with matplotlib.rc_context(inked):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for line in chart.lines:

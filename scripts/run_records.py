@@ -172,7 +172,7 @@ def read_events(file: Path, notes: list[str]) -> Iterator[Any]:
 
 def read_texts(file: Path) -> dict[str, str]:
     """The settings, which the trainer writes before its first scalar."""
-    texts = {}
+    texts: dict[str, str] = {}
     for event in read_events(file, []):
         for value in event.summary.value:
             if not value.tag.endswith(TEXT):

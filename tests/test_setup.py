@@ -80,7 +80,9 @@ def test_the_project_does_not_take_the_name_of_the_engine():
     assert "maxtext==0.2.5" in specifiers(ROOT / "requirements.txt")
 
 
-@pytest.mark.parametrize("script", ["setup.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["setup.sh", ".ci/run", "deploy/restartable.sh", "deploy/slurm.sbatch", "scripts/launch_gpu.sh"]
+)
 def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 

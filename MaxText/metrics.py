@@ -45,6 +45,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
       learning_rate_schedule: step -> learning rate.
       start_step: the first step of this process; rows of the metrics file from it on are replaced.
       tflops_per_step: per device, the teacher's forward pass included.
+      teacher_tflops_per_step: the teacher's part of it.
 
     Raises:
       ConfigError: metrics_file cannot be written.
@@ -52,9 +53,17 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
 
     performance_metric_queue: Any
 
-    def __init__(self, config: Any, learning_rate_schedule: Any, start_step: int, tflops_per_step: float):
+    def __init__(
+        self,
+        config: Any,
+        learning_rate_schedule: Any,
+        start_step: int,
+        tflops_per_step: float,
+        teacher_tflops_per_step: float,
+    ):
         super().__init__(config=config, learning_rate_schedule=learning_rate_schedule, start_step=start_step)
         self.tflops_per_step = tflops_per_step
+        self.teacher_tflops_per_step = teacher_tflops_per_step
         self.last_completion = time.monotonic()
         self.first_step_at = self.last_completion
         self.state_is_finite = True  # after the last step that was written
@@ -85,6 +94,8 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         self.performance_metric_queue = None
         super().record_train_metrics(metrics, step, step_time=1.0)
         self.performance_metric_queue = queue
+        if "perf/per_device_tflops" in metrics["scalar"]:  # absent while the batch size ramps up
+            metrics["scalar"]["perf/per_device_teacher_tflops"] = self.teacher_tflops_per_step
 
     def _flush_one_buffered_entry(self, entry: tuple) -> None:
         kind, _, metrics, _ = entry

@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
 
         # 5. Loop.
         flops = upstream.tflops_per_step(config, teacher_config if kd.teacher_in_step else None)
-        logger = metrics_lib.MetricLogger(config, student.learning_rate_schedule, start_step, flops)
+        of_teacher = flops - upstream.tflops_per_step(config, None)
+        logger = metrics_lib.MetricLogger(config, student.learning_rate_schedule, start_step, flops, of_teacher)
         logger.write_setup_info_to_tensorboard(nnx.state(student.state, nnx.Param))
         with termination.noticed() as notice, failures.writing(config, student.checkpoint_manager):
             train(config, student, steps, logger, recorder, notice, look)

@@ -126,6 +126,18 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["dataset_type=hf", "hf_path=parquet", "hf_train_files=/no/such.parquet", "tokenizer_path=anywhere"],
         ["dataset_type='hf'", "hf_path='parquet'", "hf_train_files='/no/such.parquet'", "Unable to find"],
     ),
+    "hf data that can be read once only": (
+        [
+            "dataset_type=hf",
+            "hf_path=parquet",
+            "hf_train_files=a.parquet",
+            "hf_eval_files=b.parquet",
+            "eval_interval=2",
+            "grain_worker_count=0",
+            "tokenizer_path=anywhere",
+        ],
+        ["grain_worker_count=0", "dataset_type=hf"],
+    ),
     "no tfds data": (
         ["dataset_type=tfds", "dataset_path=/no/such", "dataset_name=c4/en:3.1.0"],
         ["dataset_type='tfds'", "dataset_path='/no/such'", "dataset_name='c4/en:3.1.0'"],

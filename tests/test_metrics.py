@@ -74,7 +74,9 @@ def logger(tmp_path, metrics):
 
     arguments = [f"metrics_file={tmp_path}/metrics.jsonl", "run_name=a", f"base_output_directory={tmp_path}"]
     config = pyconfig.initialize(["train.py", SMOKE, *arguments]).student
-    logger = metrics.MetricLogger(config, lambda step: 0.1, start_step=0, tflops_per_step=1.0)
+    logger = metrics.MetricLogger(
+        config, lambda step: 0.1, start_step=0, tflops_per_step=1.0, teacher_tflops_per_step=0.25
+    )
     logger.write_setup_info_to_tensorboard({})
     return logger
 
@@ -122,6 +124,8 @@ def test_each_step_has_its_own_time_around_an_evaluation_too(logger, monkeypatch
     now[0] = 103.0
     logger.flush_metrics_and_cleanup()
     assert [row["perf/step_time_seconds"] for row in rows(logger)] == [5.0, 2.0, 3.0]
+    for row in rows(logger):
+        assert (row["perf/per_device_tflops"], row["perf/per_device_teacher_tflops"]) == (1.0, 0.25)
 
 
 def test_upstreams_z_loss_is_taken_out_of_its_cross_entropy(metrics):

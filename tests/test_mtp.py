@@ -102,7 +102,7 @@ def test_without_a_teacher_the_loss_is_the_engines_own(make):
     assert_same_gradient(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("depth", (1, 2))
+@pytest.mark.parametrize("depth", (2, pytest.param(1, marks=pytest.mark.slow)))
 def test_the_acceptance_rate_is_the_engines_own(make, depth):
     # The learning rate's first steps leave a student that agrees with itself here and there.
     lab = make(mtp_eval_target_module=depth)
@@ -159,7 +159,7 @@ def test_the_heads_learn_the_teachers_next_token_where_their_predictions_lie(mak
     assert_same_gradient(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("alpha", (0.0, 0.4))
+@pytest.mark.parametrize("alpha", (0.4, pytest.param(0.0, marks=pytest.mark.slow)))
 def test_no_logits_of_an_mtp_head_exist(make, alpha):
     lab = make(kd_mtp_alpha=alpha, per_device_batch_size=32, kd_block_mib=1)
     config, whole = lab.run.student, lab_lib.padded_batch(rows=32)

@@ -53,7 +53,7 @@ def sums_and_gradient(lab, batch):
     return jax.device_get((sums, nnx.to_pure_dict(gradient)))
 
 
-@pytest.mark.parametrize("tokens", (240, 300))
+@pytest.mark.parametrize("tokens", (300, pytest.param(240, marks=pytest.mark.slow)))
 def test_padding_of_the_teachers_vocabulary_changes_nothing(tmp_path, teacher, padded_teacher, tokens):
     keys = TRUNCATION | {"kd_vocab_size": 240}
     batch = lab_lib.padded_batch(vocabulary=240)

@@ -366,9 +366,6 @@ def tables(hugging_face: transformers.PreTrainedConfig, config: Any, saving: boo
         # Theirs interleave the halves of a head, as MaxText's llama3.1 positions want it; its plain ones do not.
         plain = param_mapping.HOOK_FNS["mixtral-8x7b"](text, config, scan_layers=layers, saving_to_hf=saving)
         made |= {key: hook for key, hook in plain.items() if key.endswith(("query-kernel", "key-kernel"))}
-    if family.decoder_block == "mixtral":  # theirs would save the output projection transposed
-        right = param_mapping.HOOK_FNS["llama3.1-8b"](text, config, scan_layers=layers, saving_to_hf=saving)
-        made |= {key: hook for key, hook in right.items() if key.endswith("out-kernel")}
     return Tables(names, made, hf_shape.HF_SHAPE[family.table](whole))
 
 

@@ -225,11 +225,11 @@ def laid_out(config: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def created(config: Any, mesh: jax.sharding.Mesh) -> tuple[Any, nnx.Module]:
-    """What makes the model, and the model as shapes on shards; ConfigError where the mesh does not divide it."""
+    """What makes the model, and the model as shapes on shards; ConfigError where it cannot be built."""
     try:
         return upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
     except ValueError as error:
-        raise ConfigError(f"the teacher (model {config.model_name!r}) cannot be laid out: {error}") from error
+        raise ConfigError(f"the teacher (model {config.model_name!r}) cannot be built: {error}") from error
 
 
 def assembled(config: Any, graphdef: nnx.GraphDef, state: nnx.State, checkpoint: Checkpoint | None) -> Teacher:

@@ -24,10 +24,6 @@ def check_same_tokens(config: Any, kd: Distillation) -> None:
     """
     if not kd.kd_teacher_tokenizer_path:
         return
-    if not config.tokenizer_path:
-        raise ConfigError(
-            "kd_teacher_tokenizer_path is set and tokenizer_path is not: there is nothing to compare with"
-        )
     kind = getattr(config.tokenizer_type, "value", config.tokenizer_type)
     student = tokens_of("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)
     teacher = tokens_of("kd_teacher_tokenizer_path", kd.kd_teacher_tokenizer_path, kind, config.hf_access_token)

@@ -46,7 +46,7 @@ def tokens_of(key: str, path: str, kind: str, access_token: str) -> dict[int, st
     """Token id -> the token, as the tokenizer itself spells it."""
     try:
         loaded = upstream.tokenizer.build_tokenizer(path, kind, False, False, access_token)
-    except (ValueError, OSError, AssertionError) as error:
+    except (ValueError, TypeError, OSError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({reason})") from error
     return TOKENS[kind](loaded)

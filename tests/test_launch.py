@@ -205,7 +205,7 @@ def test_tasks_of_a_job_find_each_other_by_what_slurm_tells_them(tmp_path):
     keys = ["skip_jax_distributed_system=false", "run_name=job", f"base_output_directory={tmp_path}", "steps=3"]
     result = sbatch(tmp_path, SRUN, SMOKE, *keys)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("2 x cpu") == 1 and "Rank 1 is connected" in result.stdout
+    assert result.stdout.count("2 x cpu") == 1  # one header, of both tasks' devices
     assert [row["step"] for row in Result(0, "", tmp_path / "job").rows()] == [0, 1, 2]
 
 

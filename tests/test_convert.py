@@ -30,7 +30,7 @@ import convert_teacher
 import export_student
 import hugging_face
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 
 PRESETS = {
     "llama3": "llama3-8b",

@@ -173,7 +173,8 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
     with context:
         name = "items" if (checkpoint.root / "items").exists() else None
         key = f"kd_teacher_parameters_path={str(checkpoint.root)!r}"
-        with unreadable_as_config_error(f"{key}: cannot be restored"):
+        # A reader's threads complain by themselves of what the error says.
+        with unreadable_as_config_error(f"{key}: cannot be restored"), upstream.quietly():
             tree = ocp.load(checkpoint.root, nnx.traversals.unflatten_mapping(requests), checkpointable_name=name)
     restored = nnx.traversals.flatten_mapping(tree)
     for path, leaf in wanted.items():

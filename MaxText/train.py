@@ -386,9 +386,8 @@ def command_line(argv: Sequence[str]) -> None:
             raise
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, failures.RunError):
-            os._exit(1)  # the threads of a writer that has failed may never end
-        sys.exit(2)
+        # At once: the threads of a reader or a writer that has failed may never end, and may go on complaining.
+        os._exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def is_verbose() -> bool:
     return absl.logging.get_verbosity() >= absl.logging.INFO
 
 
+def quietly() -> contextlib.AbstractContextManager[None]:
+    """Around what is only worth hearing with log_config=true."""
+    return contextlib.nullcontext() if is_verbose() else silence()
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Discards what is written to the process's output, by C++ libraries too. Exceptions pass."""
@@ -183,7 +188,7 @@ def start_engine(config: Any) -> Any:
     """
     import jax
 
-    with contextlib.nullcontext() if is_verbose() else silence():
+    with quietly():
         pre_train.train_step  # noqa: B018  the first touch imports
         input_pipeline_interface.create_data_iterator  # noqa: B018
         if pre_train._TF_AVAILABLE:  # TensorFlow reads data; left alone it would also take the GPU's memory
@@ -274,7 +279,7 @@ def load_libtpu() -> None:
     import jax
 
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    with contextlib.nullcontext() if is_verbose() else silence():
+    with quietly():
         prepare_runtime()
         jax.devices()
 
@@ -284,7 +289,7 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     from jax.experimental.topologies import get_topology_desc
 
     spec = topologies()[name]
-    with contextlib.nullcontext() if is_verbose() else silence():
+    with quietly():
         return get_topology_desc(
             platform=spec.platform,
             topology_name=spec.topology_name,

@@ -55,6 +55,11 @@ def main(argv: Sequence[str]) -> None:
         # 2. Student and data: upstream's set-up, a checkpoint of this run restored if there is one.
         student = set_up_student(config, recorder)
         start_step = student.start_step
+        if start_step == config.steps:  # stopped at its very end, and started again
+            report.say(
+                f"nothing left to do: {config.checkpoint_dir} holds step {start_step - 1}, the last of {start_step}"
+            )
+            return
 
         # 3. Teacher: restored once, on the student's mesh.
         teacher = None
@@ -108,7 +113,8 @@ def set_up_student(config: Any, recorder: Any) -> Student:
             upstream.train_utils.setup_train_loop(config, recorder)
         )
         start_step = upstream.pre_train.get_first_step(model, train_state)
-        upstream.train_utils.validate_completed_steps(start_step, config.steps)
+        if start_step != config.steps:
+            upstream.train_utils.validate_completed_steps(start_step, config.steps)
     graphdef, state = nnx.split(train_state)
     params_shardings, shardings = upstream.sharding.maybe_update_params_sharding_with_opt(config, shardings)
     return Student(

@@ -5,7 +5,7 @@
 writes <output>/0/items (what kd_teacher_parameters_path and load_parameters_path take), <output>/tokenizer and
 <output>/conversion.json, and prints how to train with it. No accelerator and no torch are needed. Arrays are read,
 transformed and written one after the other: memory is a few times the largest array of MaxText's model, not the
-model (docs/convert.md). <output>/0 appears when all is written; after an interruption the same command begins anew.
+model (docs/convert.md). <output>/0 appears when all is written; after an interruption the same command goes on.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ NEUTRAL = {
     "quantization": "", "mtp_num_layers": 0,
 }  # fmt: skip
 BATCH = 1 << 28  # bytes of small arrays that are written at once
+PARTIAL = "unfinished.partial_save"  # what Orbax's partial save calls a checkpoint `unfinished`
 CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
 
 Shape = tuple[int, ...]
@@ -182,8 +183,8 @@ def lazy_arrays(
 # The checkpoint -------------------------------------------------------------------------------------------------------
 
 
-def begin(output: epath.Path, record: dict[str, Any]) -> None:
-    """Makes the output's folder, or clears what an interrupted conversion left in it.
+def begin(output: epath.Path, record: dict[str, Any]) -> set[tuple[str, ...]]:
+    """Makes the output's folder -> paths of the arrays that an interrupted conversion by the same record left there.
 
     Raises:
       ConfigError: the folder holds anything else.
@@ -194,9 +195,36 @@ def begin(output: epath.Path, record: dict[str, Any]) -> None:
     if output.exists() and not file.exists() and (not output.is_dir() or any(output.iterdir())):
         raise pyconfig.ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
     output.mkdir(parents=True, exist_ok=True)
-    for left in output.glob("unfinished*"):
-        left.rmtree()
+    same = file.exists() and json.loads(file.read_text()) == record
+    written = resume(output / PARTIAL) if same else set()
+    if not written:
+        for left in output.glob("unfinished*"):
+            left.rmtree()
     file.write_text(json.dumps(record, indent=2) + "\n")
+    return written
+
+
+def resume(partial: epath.Path) -> set[tuple[str, ...]]:
+    """Paths of the arrays in an unfinished checkpoint, from which the write that was cut off is removed.
+
+    None where there is no such checkpoint, or one that was cut off while its writes were made into one.
+    """
+    if not partial.exists() or (partial / "state").exists():
+        return set()
+    written = set()
+    for write in partial.iterdir():  # Orbax's folders of one partial save each
+        if (write / "commit_success.txt").exists():
+            arrays = json.loads((write / "state" / "_METADATA").read_text())["tree_metadata"].values()
+            written |= {tuple(part["key"] for part in array["key_metadata"]) for array in arrays}
+        else:
+            write.rmtree()
+    return written
+
+
+def source_files(folder: pathlib.Path) -> dict[str, list[int]]:
+    """Name -> size and time of change of the model's files: an interrupted conversion goes on with the same alone."""
+    stats = {path.name: path.stat() for pattern in (WEIGHTS, "*.json") for path in sorted(folder.glob(pattern))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def batches(arrays: list[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
@@ -209,11 +237,17 @@ def batches(arrays: list[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
             batch, size = [], 0
         batch.append((path, array))
         size += array.nbytes
-    yield batch
+    if batch:
+        yield batch
 
 
-def save(output: epath.Path, arrays: list[tuple[Any, Any]], config: Any, console: Console) -> None:
-    """Writes the arrays as <output>/0/items, which appears when it is whole."""
+def save(
+    output: epath.Path, arrays: list[tuple[Any, Any]], written: set[tuple[str, ...]], config: Any, console: Console
+) -> None:
+    """Writes the arrays as <output>/0/items, which appears when it is whole; those in `written` lie there already."""
+    left = [(path, array) for path, array in arrays if tuple(part.key for part in path) not in written]
+    if written:
+        console.print(f"going on: {len(arrays) - len(left)} of {len(arrays)} arrays were written before")
     unfinished = output / "unfinished"
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with (
@@ -224,8 +258,8 @@ def save(output: epath.Path, arrays: list[tuple[Any, Any]], config: Any, console
         ),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
-        task = bar.add_task("", total=sum(int(array.nbytes) for _, array in arrays))
-        for batch in batches(arrays):
+        task = bar.add_task("", total=sum(int(array.nbytes) for _, array in left))
+        for batch in batches(left):
             tree: dict[str, Any] = {}
             for path, array in batch:
                 *parents, last = (part.key for part in path)
@@ -307,13 +341,14 @@ def main(argv: list[str]) -> None:
     config = maxtext_config(name, changed, not arguments.unscanned)
     arrays = lazy_arrays(folder, hf_config, config, arguments.dtype)
     record = {"hf": arguments.hf, "model_name": name, "overrides": changed, "dtype": arguments.dtype}
+    record |= {"scan_layers": config.scan_layers, "files": source_files(folder)}
     try:
-        begin(output, record)
+        written = begin(output, record)
         copy_tokenizer(folder, output)
-        save(output, arrays, config, console)
+        save(output, arrays, written, config, console)
     except (OSError, ValueError) as error:  # tensorstore's are of the second kind
         reason = failures.first_line(error)
-        raise failures.RunError(f"{output}: not converted ({reason}); the same command begins anew") from error
+        raise failures.RunError(f"{output}: not converted ({reason}); the same command goes on from here") from error
     size = sum(int(array.nbytes) for _, array in arrays)
     console.print(
         f"{hf_config.model_type} -> {name}, {size / 1e9:.3g} GB in {arguments.dtype}, {output / '0' / 'items'}"
@@ -327,7 +362,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command begins anew")
+        sys.exit("interrupted; start it again with the same command")
     except (pyconfig.ConfigError, failures.RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, pyconfig.ConfigError) else 1)

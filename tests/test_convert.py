@@ -402,26 +402,48 @@ def test_an_output_with_anything_in_it_is_left_alone(tmp_path, teachers):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_an_interrupted_conversion_looks_like_none_and_begins_anew(tmp_path, teachers, monkeypatch):
+@pytest.mark.parametrize("change", ["none", "source", "options"])
+def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_source_and_options(
+    change, tmp_path, teachers, monkeypatch
+):
+    """It fails in its third write, and leaves a fourth that is not whole."""
     monkeypatch.setattr(convert_teacher, "BATCH", 20_000)
-    written = convert_teacher.ocp.partial.save
-    count = 0
+    write = convert_teacher.ocp.partial.save
+    written: list[int] = []  # arrays in each write
 
-    def interrupted(*arguments: Any, **options: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == 3:
+    def failing(path: Any, tree: Any, **options: Any) -> None:
+        if len(written) == 2:
             raise OSError(28, "No space left on device")
-        written(*arguments, **options)
+        write(path, tree, **options)
+        written.append(len(jax.tree.leaves(tree)))
 
-    source = teachers("llama3").with_name("llama3_hf")
-    monkeypatch.setattr(convert_teacher.ocp.partial, "save", interrupted)
-    with pytest.raises(failures.RunError, match=r"No space left on device.*begins anew"):
-        convert(source, tmp_path / "mt", PRESETS["llama3"])
+    source = shutil.copytree(teachers("llama3").with_name("llama3_hf"), tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_teacher.ocp.partial, "save", failing)
+        with pytest.raises(failures.RunError, match=r"No space left on device.*goes on from here"):
+            convert(source, tmp_path / "mt", PRESETS["llama3"])
     with pytest.raises(pyconfig.ConfigError, match="no MaxText checkpoint"):
         teacher_lib.find_checkpoint(str(tmp_path / "mt"))
-    convert(source, tmp_path / "mt", PRESETS["llama3"])
-    assert_equal(arrays(tmp_path / "mt"), arrays(teachers("llama3")))
+    before, unfinished = sum(written), tmp_path / "mt" / convert_teacher.PARTIAL
+    cut_off = shutil.copytree(min(unfinished.iterdir()), unfinished / "cut_off")
+    (cut_off / "commit_success.txt").unlink()
+
+    options: list[str] = []
+    if change == "source":
+        (source / "config.json").touch()
+    if change == "options":
+        options = ["--dtype", "bfloat16"]
+    written.clear()
+    monkeypatch.setattr(
+        convert_teacher.ocp.partial,
+        "save",
+        lambda path, tree, **options: (write(path, tree, **options), written.append(len(jax.tree.leaves(tree)))),
+    )
+    convert(source, tmp_path / "mt", PRESETS["llama3"], *options)
+    whole = arrays(teachers("llama3"))
+    assert before > 0 and sum(written) == len(jax.tree.leaves(whole)) - (before if change == "none" else 0)
+    if change != "options":
+        assert_equal(arrays(tmp_path / "mt"), whole)
     assert {path.name for path in (tmp_path / "mt").iterdir()} == {"0", "conversion.json", "tokenizer"}
 
 

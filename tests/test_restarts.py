@@ -242,6 +242,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been_and_compiles_once(whole, kd
     assert compilations(again) == compilations(whole)
 
 
+def test_a_complete_run_has_nothing_left_to_do_and_one_beyond_its_steps_is_refused(whole, kd, tmp_path):
+    folder = copy(whole.folder, tmp_path)
+    before = contents(folder)
+    assert f"holds step {STEPS - 1}, the last of {STEPS}" in succeed(folder, kd).output
+    assert contents(folder) == before
+    assert f"a checkpoint already exists at step {STEPS - 1}" in refusal(folder, kd | {"steps": STEPS - 1})
+
+
 @pytest.mark.slow
 def test_it_may_be_killed_at_any_moment(whole, kd, tmp_path):
     moments = random.Random(0)

@@ -13,6 +13,7 @@ help: ## list the targets
 demo: $(STAMP) ## distil a student on real text, beside one trained without a teacher
 	$(PYTHON) scripts/demo.py
 
+# How many files of tests at a time.
 JOBS ?= 2
 test: $(STAMP) ## every test but the long matrix, JOBS files at a time
 	$(PYTHON) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
@@ -24,7 +25,7 @@ check: $(STAMP) ## lint, format, types and the fast tests: before every commit
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -m "not e2e and not slow"
+	$(PYTHON) -m pytest -m "not e2e and not slow" -n $(JOBS) --dist loadfile
 
 bench: $(STAMP) ## measure the distillation step
 	$(PYTHON) scripts/benchmark_kd.py

@@ -34,7 +34,7 @@ from MaxText import failures, pyconfig, upstream
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
     from maxtext.checkpoint_conversion import to_maxtext
-    from maxtext.checkpoint_conversion.utils import utils
+    from maxtext.checkpoint_conversion.utils import utils as hf_utils
     from orbax.checkpoint.experimental import v1 as ocp
 
 WEIGHTS = "*.safetensors"
@@ -164,7 +164,7 @@ def lazy_arrays(
     tables = hugging_face.tables(hf_config, config, saving=False)
     wanted, treedef = model_info(config)
     with upstream.silence():
-        keys = utils.validate_and_filter_param_map_keys(tables.names.keys(), wanted.keys())
+        keys = hf_utils.validate_and_filter_param_map_keys(tables.names.keys(), wanted.keys())
     needed = {name for key in keys for name in jax.tree.leaves(tables.names[key])}
     on_disk = locate(needed, tables.shapes, stored_tensors(folder))
     # Transformations multiply and add: in float32, rounded once, when written.

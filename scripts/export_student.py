@@ -29,7 +29,7 @@ from etils import epath, epy
 from MaxText import failures, pyconfig, teacher, upstream
 
 with epy.lazy_imports():
-    from maxtext.checkpoint_conversion.utils import utils
+    from maxtext.checkpoint_conversion.utils import utils as hf_utils
 
 
 MTP = "params-mtp_block"  # layers for multi-token prediction serve training alone; no config.json has a word for them
@@ -93,9 +93,9 @@ def tensors(config: Any, hf_config: Any, dtype: str) -> dict[str, np.ndarray]:
     wanted, _ = convert_teacher.model_info(config)
     made: dict[str, np.ndarray] = {}
     with upstream.silence():
-        state = utils.detect_and_extract_checkpoint(utils.load_orbax_checkpoint(config))
-        for key in utils.validate_and_filter_param_map_keys(tables.names, wanted.keys()):
-            for name, value in utils.process_maxtext_param(
+        state = hf_utils.detect_and_extract_checkpoint(hf_utils.load_orbax_checkpoint(config))
+        for key in hf_utils.validate_and_filter_param_map_keys(tables.names, wanted.keys()):
+            for name, value in hf_utils.process_maxtext_param(
                 key, state.pop(key), tables.names, tables.hooks, tables.shapes, config
             ):
                 made[hugging_face.spellings(name)[-1]] = value.astype(jax.numpy.dtype(dtype))
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
         weights = tensors(config, hf_config, arguments.dtype)
         count = sum(value.size for value in weights.values())
         with upstream.silence():
-            utils.save_model_files(weights, hf_config, None, None, str(unfinished))
+            hf_utils.save_model_files(weights, hf_config, None, None, str(unfinished))
         tokenizer = arguments.tokenizer or config.tokenizer_path
         copied = bool(tokenizer) and copy_tokenizer(tokenizer, unfinished)
         output.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
 """Runs of the trainer that tests share: `python MaxText/train.py configs/smoke.yml key=value ...`, as typed.
 
 The engine takes some fifteen seconds to import. A server imports it once, before any device is touched, and each run
-is a fork of it: a process of its own, with arguments, environment and exit status of its own.
+is a fork of it: a process of its own, with arguments, environment and exit status of its own. What one run compiles
+another does not: they share a cache, and LLVM is told not to optimise steps that are taken a few times.
 """
 
 import atexit
@@ -12,10 +13,13 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax  # noqa: F401  what it reads of the environment it has read: the cache below is for the runs alone
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -24,9 +28,12 @@ SMOKE = str(ROOT / "configs/smoke.yml")
 Rows = list[dict[str, Any]]
 RUN = itertools.count()
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the test workers have their parent's
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 # What a run imports.
-
-
 ENGINE = [
     "maxtext.trainers.pre_train.train",
     "MaxText.train",
@@ -55,7 +62,8 @@ class Result:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = f"--xla_force_host_platform_device_count={devices} {quick}"
     return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 

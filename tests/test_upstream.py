@@ -1,6 +1,7 @@
 """The contract with the engine: what upstream.py and its users rely on, so that an upgrade fails here by name."""
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
 import operator
@@ -34,9 +35,17 @@ CALLS = {
         "_loss_fn config model params params_shardings data dropout_rng"
     ),
     "input_pipeline_interface.create_data_iterator": "config mesh",
+    "hf_utils.detect_and_extract_checkpoint": "checkpoint_dict",
+    "hf_utils.load_orbax_checkpoint": "config",
+    "hf_utils.process_maxtext_param": (
+        "maxtext_param_key maxtext_param_weight param_map hook_fn_map hf_shape_map maxtext_config"
+    ),
+    "hf_utils.save_model_files": "weight_arrays config tokenizer processor output_dir",
+    "hf_utils.validate_and_filter_param_map_keys": "param_map_keys maxtext_state_keys",
     "max_utils.add_text_to_summary_writer": "key value summary_writer",
     "max_utils.bootstrap_transformer_engine_cgemm": "config",
     "max_utils.calculate_num_params_from_pytree": "params",
+    "max_utils.fill_unspecified_mesh_axes": "parallelism_vals target_product parallelism_type",
     "max_utils.l2norm_pytree": "x",
     "max_utils.maybe_get_transformer_engine_context": "config",
     "max_utils.parse_libtpu_flags_to_dict": "flags_str",
@@ -89,6 +98,17 @@ CALLS = {
     "sharding.get_input_data_sharding": "config mesh | rules",
     "sharding.maybe_shard_with_name": "inputs named_sharding | shard_mode",
     "sharding.maybe_update_params_sharding_with_opt": "config state_mesh_shardings",
+    "to_maxtext.LazyHFLoader": "model_id token | save_dtype",
+    "to_maxtext.LazyHFLoader.get_tensor": "self key",
+    "to_maxtext._get_hf_loading_function": (
+        "hf_source_keys_or_key tensor_getter hook_fn mt_target_shape_or_shapes config"
+    ),
+    "to_maxtext._get_maxtext_indices_and_shapes": "mt_param_key_or_keys maxtext_abstract_dict",
+    "to_maxtext._get_maxtext_weight": (
+        "load_fn mt_target_idx_or_indices mt_target_shape_or_shapes mt_param_key_or_keys final_mt_weights save_dtype "
+        "use_lazy_load"
+    ),
+    "to_maxtext.get_maxtext_model_info": "config",
     "train_state_nnx.TrainStateNNX.__init__": "self model optimizer",
     "train_state_nnx.TrainStateNNX.apply_gradients": "self grads | **kwargs",
     "train_utils.create_training_optimizer": "config model | mesh",
@@ -114,13 +134,22 @@ NAMES = [
     "goodput.GoodputEvent.STEP",
     "goodput.RECORD_JOB_END_TIME",
     "goodput.RECORD_JOB_START_TIME",
+    "hf_model_configs.HF_MODEL_CONFIGS",
+    "hf_shape.HF_SHAPE",
     "metric_logger.MetadataKey.PER_DEVICE_TFLOPS",
     "metric_logger.MetadataKey.PER_DEVICE_TOKENS",
     "moe.MoEBiasVar",
+    "param_mapping.HOOK_FNS",
+    "param_mapping.PARAM_MAPPING",
     "pre_train.VertexTensorboardManager",
     "pre_train._TF_AVAILABLE",
+    "pre_train.vocab_tiling_nnx_loss",
     "pre_train.tf",
+    "to_maxtext.LazyTensor",
+    "types.DcnParallelism",
+    "types.IciParallelism",
     "types.MaxTextConfig",
+    "types.ShardMode.AUTO",
     "types.TeCommGemmOverlapPolicy.DISABLED",
 ]
 
@@ -155,11 +184,25 @@ SOURCES = {
 }  # fmt: skip
 
 
+# What the scripts that convert import by themselves -> where it lies below maxtext.checkpoint_conversion.
+CONVERSION = {
+    "hf_model_configs": "utils.hf_model_configs",
+    "hf_shape": "utils.hf_shape",
+    "hf_utils": "utils.utils",
+    "param_mapping": "utils.param_mapping",
+    "to_maxtext": "to_maxtext",
+}
+
+
 def engine(name):
-    """The engine's object of that name, as it is reached through upstream.py."""
+    """The engine's object of that name, as it is reached through upstream.py or from a script that converts."""
+    module, _, rest = name.partition(".")
     try:
+        if module in CONVERSION:
+            found = importlib.import_module(f"maxtext.checkpoint_conversion.{CONVERSION[module]}")
+            return operator.attrgetter(rest)(found)
         return operator.attrgetter(name)(upstream)
-    except AttributeError as error:
+    except (AttributeError, ImportError) as error:
         pytest.fail(f"{name} is gone: {error}")
 
 
@@ -196,12 +239,15 @@ def test_a_function_does_within_itself_what_is_relied_on(name):
     assert not missing, f"{name} no longer holds {missing}"
 
 
+FILES = [*ROOT.glob("MaxText/*.py"), *ROOT.glob("scripts/*.py")]
+
+
 def uses(file):
-    """The chains in a file that begin at `upstream.`, or within upstream.py at a module of the engine's."""
+    """The chains in a file that begin at `upstream.` or a module for conversion, or in upstream.py at any module."""
     modules = {name.split(".")[0] for name in (*CALLS, *NAMES)}
     for node in ast.walk(ast.parse(file.read_text())):
         chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-        if file.name == "upstream.py" or chain.startswith("upstream."):
+        if file.name == "upstream.py" or chain.split(".")[0] in ("upstream", *CONVERSION):
             parts = chain.removeprefix("upstream.").split(".")
             if len(parts) > 1 and parts[0] in modules and all(part.isidentifier() for part in parts):
                 yield ".".join(parts)
@@ -211,7 +257,7 @@ def test_the_tables_name_every_use_of_the_engine():
     def covered(use):
         return any(f"{name}.".startswith(f"{use}.") or use.startswith(f"{name}.") for name in (*CALLS, *NAMES))
 
-    missing = {f"{file.name}: {use}" for file in ROOT.glob("MaxText/*.py") for use in uses(file) if not covered(use)}
+    missing = {f"{file.name}: {use}" for file in FILES for use in uses(file) if not covered(use)}
     assert not missing
 
 

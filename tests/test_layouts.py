@@ -6,6 +6,7 @@ MaxText cannot lay out on simulated devices: parallelism over slices (dcn_*; a C
 
 import numpy as np
 import pytest
+import token_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -18,7 +19,7 @@ def assert_same_run(run, expected):
         np.testing.assert_allclose(run.column(name), expected.column(name), rtol=5e-4, err_msg=name)
 
 
-# name -> (devices, keys). The global batch is eight rows throughout.
+# name -> (devices, keys). The global batch is eight rows throughout, of unlike lengths unless a model has experts.
 LAYOUTS = {
     "data": (4, FSDP_OFF | {"ici_data_parallelism": 4}),
     "data, optimizer sharded (ZeRO-1)": (
@@ -32,18 +33,33 @@ LAYOUTS = {
     "tensor along the sequence": (4, {"ici_tensor_sequence_parallelism": 2}),
     "fsdp, transposed": (4, {"ici_fsdp_transpose_parallelism": 2}),
     "data, fsdp and tensor": (8, {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}),
+    "microbatches": (1, {"gradient_accumulation_steps": 4, "per_device_batch_size": 2}),
+    "data, microbatches": (
+        4,
+        FSDP_OFF | {"ici_data_parallelism": 4, "gradient_accumulation_steps": 2, "per_device_batch_size": 1},
+    ),
     "nothing kept for the backward pass": (1, {"remat_policy": "full"}),
     "products kept for the backward pass": (1, {"remat_policy": "minimal"}),
 }
-DEFAULT = ("data, optimizer sharded (ZeRO-1)", "context, balanced")
+DEFAULT = ("data, microbatches", "data, optimizer sharded (ZeRO-1)", "context, balanced")
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def distil(train, teacher):
+def padded(tmp_path_factory):
+    """Rows of 1 to 32 tokens: no two devices, and no two microbatches, have as many."""
+    lengths = np.random.default_rng(0).integers(1, 33, 8 * STEPS + 8).tolist()
+    return token_rows.KEYS | {
+        "grain_train_files": token_rows.write(tmp_path_factory.mktemp("rows") / "train", lengths, seed=2)
+    }
+
+
+@pytest.fixture(scope="module")
+def distil(train, teacher, padded):
     """distil(name, devices, key=value, ...): a few steps on eight rows, from the tiny teacher."""
 
     def run(name, devices=1, **keys):
+        keys = padded | keys
         keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "kd_top_k": 8, "steps": STEPS} | keys
         keys = {"enable_checkpointing": "false", "per_device_batch_size": 8 / devices} | keys
         return train(f"layout_{name}", devices=devices, **keys)
@@ -75,7 +91,7 @@ def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(
     one_head = {"base_num_kv_heads": 1, "override_model_config": "true"}
     teacher = str(train("one_head_teacher", init_weights_seed=7, **one_head).folder / "checkpoints")
     keys = {"kd_teacher_parameters_path": teacher, "kd_teacher_overrides": "{base_num_kv_heads: 1}"}
-    keys |= {"eval_interval": 2, "eval_steps": 1}
+    keys |= {"eval_interval": 2, "eval_steps": 1, "dataset_type": "synthetic"}
     layout = FSDP_OFF | {"ici_tensor_parallelism": 2, "ici_data_parallelism": 2}
     shared = distil("shared_heads", 4, **keys, **layout)
     assert "the teacher's 4 query and 1 key-value heads do not divide by 2" in shared.output
@@ -94,6 +110,6 @@ EXPERT_LAYOUTS = {
 def test_a_layout_of_experts_agrees_with_one_device(distil, layout):
     devices, keys = EXPERT_LAYOUTS[layout]
     experts = {"model_name": "deepseek3-mini", "kd_teacher_model_name": "tiny-llama"}
-    experts |= {"sparse_matmul": "false", "megablox": "false"}
+    experts |= {"sparse_matmul": "false", "megablox": "false", "dataset_type": "synthetic"}
     run = distil(f"experts_{list(EXPERT_LAYOUTS).index(layout)}", devices, **experts, **keys)
     assert_same_run(run, distil("experts_on_one_device", **experts))

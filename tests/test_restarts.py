@@ -5,7 +5,6 @@ docs/design/restarts.md says what is promised.
 """
 
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -14,13 +13,11 @@ import subprocess
 import time
 
 import jax
-import maxtext
 import numpy as np
 import pytest
-from array_record.python import array_record_module
+import token_rows
 from conftest import ROOT, SMOKE, Result, execute, started
 from flax import nnx
-from maxtext.input_pipeline.protos import example_pb2
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import failures, manifest
@@ -43,34 +40,13 @@ runpy.run_path("MaxText/train.py", run_name="__main__")
 """
 
 
-def write_rows(path, count, seed):
-    """An ArrayRecord of `count` rows of 32 random tokens; 0 is padding."""
-    generator = np.random.default_rng(seed)
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for _ in range(count):
-        example = example_pb2.Example()
-        example.features.feature["text"].int64_list.value.extend(generator.integers(1, 256, 32).tolist())
-        writer.write(example.SerializeToString())
-    writer.close()
-    return path
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Keys of a data set that is a little longer than a run, of 4 rows a step."""
     folder = tmp_path_factory.mktemp("data")
-    return {
-        "dataset_type": "grain",
-        "grain_file_type": "arrayrecord",
-        "grain_train_files": write_rows(folder / "train.arrayrecord", 4 * (STEPS + 40), seed=0),
-        "grain_eval_files": write_rows(folder / "eval.arrayrecord", 4, seed=1),
-        "grain_worker_count": 0,
-        "grain_worker_count_eval": 0,
-        "tokenize_train_data": "false",
-        "tokenize_eval_data": "false",
-        "tokenizer_type": "sentencepiece",
-        "tokenizer_path": pathlib.Path(maxtext.__file__).parent / "assets/tokenizers/tokenizer.default",
-        "packing": "false",
+    return token_rows.KEYS | {
+        "grain_train_files": token_rows.write(folder / "train.arrayrecord", 4 * (STEPS + 40) * [32], seed=0),
+        "grain_eval_files": token_rows.write(folder / "eval.arrayrecord", 4 * [32], seed=1),
     }
 
 
@@ -367,10 +343,10 @@ def test_an_output_folder_that_cannot_be_one_is_named(plain, tmp_path):
 
 
 def test_evaluation_data_that_cannot_be_read_ends_a_run_with_a_message(plain, tmp_path):
-    rows = write_rows(tmp_path / "eval.arrayrecord", 400, seed=3)
+    rows = token_rows.write(tmp_path / "eval.arrayrecord", 400, seed=3)
     written = bytearray(rows.read_bytes())
     written[1000:8000] = bytes(7000)  # the index at the end is whole: the file opens
-    rows.write_bytes(written)
+    token_rows.write_bytes(written)
     keys = plain | {"grain_eval_files": rows, "steps": 3, "eval_start_step": 1, "eval_interval": 1, "eval_steps": 0}
     result = run(tmp_path / "run", keys)
     assert result.status == 1, result.output[-4000:]
@@ -435,7 +411,7 @@ def test_a_run_that_ends_early_ends_with_an_evaluation(plain, end, tmp_path):
     if end == "target loss":
         keys |= {"target_eval_loss": 100}
     else:
-        keys |= {"grain_train_files": write_rows(tmp_path / "short.arrayrecord", 16, seed=2)}
+        keys |= {"grain_train_files": token_rows.write(tmp_path / "short.arrayrecord", 16, seed=2)}
     result = succeed(tmp_path / "run", keys)
     assert "training stopped: " in result.output
     last = last_step(result.output)

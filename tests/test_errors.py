@@ -32,6 +32,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["use_kd=true", "kd_teacher_parameters_path={without_params}"],
         ["kd_teacher_parameters_path=", "no model parameters", "no `params` in it"],
     ),
+    "teacher with a number that is none": (
+        ["use_kd=true", "kd_teacher_parameters_path={poisoned}"],
+        ["kd_teacher_parameters_path=", "on the first training batch is nan", "the teacher is broken"],
+    ),
     "checkpoint whose arrays are cut off": (
         ["use_kd=true", "kd_teacher_parameters_path={truncated}"],
         ["kd_teacher_parameters_path=", "truncated", "cannot be re"],
@@ -188,7 +192,7 @@ REFUSED = {
 def folders(teacher, tmp_path_factory):
     """What stands in braces in the arguments, and `out` for a run's output."""
     base = tmp_path_factory.mktemp("errors")
-    names = {name: base / name for name in ("empty", "out", *DAMAGED, "without_params")}
+    names = {name: base / name for name in ("empty", "out", *DAMAGED, "without_params", "poisoned")}
     names |= {"teacher": pathlib.Path(teacher), "runs": pathlib.Path(teacher).parents[1]}
     names["tokenizers"] = pathlib.Path(maxtext.__path__[0]) / "assets/tokenizers"
     names["empty"].mkdir()
@@ -201,6 +205,9 @@ def folders(teacher, tmp_path_factory):
     (names["without_manifest"] / "5/items/manifest.ocdbt").unlink()
     (names["unreadable_index"] / "5/items/_METADATA").write_text("{")
     ocp.save_checkpointables(names["without_params"], {"items": {"opt_state": {"mu": np.ones(4)}}})
+    params = ocp.load(names["teacher"] / "5", checkpointable_name="items")["params"]
+    params["params"]["decoder"]["decoder_norm"]["scale"] *= np.nan
+    ocp.save_checkpointables(names["poisoned"], {"items": {"params": params}})
     return names
 
 

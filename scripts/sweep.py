@@ -5,7 +5,8 @@
 
 A run is one `python MaxText/train.py ...` in a folder <out>/<point>-seed<n>, with its output in train.log. Started
 again, the sweep keeps the runs that are finished and goes on with the others where they stand. A run that fails is
-reported at the end, with exit status 1, and stops no other. The file's format: docs/sweeps.md.
+reported at the end, with exit status 1, and stops no other. The table is also written to <out>/results.md, with every
+seed drawn in <out>/results.png. The file's format: docs/sweeps.md.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import omegaconf
+import plot_sweep
 import pydantic
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -173,13 +176,20 @@ def train(run: Run, out: Path) -> str:
     return f"{run.name}: {f'status {status}' if status else 'ended before its last step'}, see {log}"
 
 
-def table(runs: Sequence[Run], out: Path) -> Table:
-    """The last evaluations: mean and standard deviation over the seeds that are finished."""
-    view = Table(title=str(out), title_justify="left")
+def results(runs: Sequence[Run], out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Point -> the last evaluations of the seeds that are finished."""
+    return {
+        point: [row for run in runs if run.point == point and (row := last_evaluation(run, out))]
+        for point in dict.fromkeys(run.point for run in runs)
+    }
+
+
+def table(points: dict[str, list[dict[str, Any]]]) -> Table:
+    """Mean and standard deviation over the seeds of each point."""
+    view = Table(box=box.MARKDOWN)
     for heading in ("", "seeds", *COLUMNS):
         view.add_column(heading, justify="right" if heading else "left", overflow="fold")
-    for point in dict.fromkeys(run.point for run in runs):
-        rows = [row for run in runs if run.point == point and (row := last_evaluation(run, out))]
+    for point, rows in points.items():
         view.add_row(point, str(len(rows)), *(spread([r[c] for r in rows if c in r]) for c in COLUMNS.values()))
     return view
 
@@ -221,7 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in track(left, console=console, transient=True, disable=not console.is_terminal):
         console.print(f"{run.name}  $ {shlex.join(run.command(args.out))}", markup=False)
         failures += filter(None, [train(run, args.out)])
-    console.print(table(runs, args.out))
+    points = results(runs, args.out)
+    console.print(table(points))
+    with (ROOT / args.out / "results.md").open("w") as file:
+        Console(file=file, width=200).print(table(points))
+    plot_sweep.plot(points, COLUMNS, ROOT / args.out / "results.png")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

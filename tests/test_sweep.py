@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT, execute
+from matplotlib import image
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -156,7 +157,7 @@ def test_the_table_shows_mean_and_standard_deviation_over_finished_seeds(write, 
         rows(tmp_path, f"alpha0.5-full-seed{seed}", (0, 9.0, 9.0, 0.0), (2, ce, 0.5, 0.25))
     rows(tmp_path, "alpha0.5-k4-seed1", (2, 7.0))
     rows(tmp_path, "alpha1.0-k4-seed1", (1, 7.0, 1.0, 1.0))
-    columns = [list(column.cells) for column in sweep.table(runs, tmp_path).columns]
+    columns = [list(column.cells) for column in sweep.table(sweep.results(runs, tmp_path)).columns]
     assert columns == [
         ["alpha0.5-full", "alpha0.5-k4", "alpha1.0-full", "alpha1.0-k4"],
         ["3", "1", "0", "0"],
@@ -186,6 +187,12 @@ def test_finished_runs_are_kept_failed_ones_are_told_and_the_others_go_on(write,
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("failed: alpha0.5-k4-seed0: status 1, see") and "train.log" in told[0]
     assert told[1].startswith("failed: alpha1.0-full-seed0: ended before its last step") and len(told) == 2
+    lines = (out / "results.md").read_text().split("\n")
+    assert [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "full" in line] == [
+        ["alpha0.5-full", "1", "4.000", "0.100", "0.500"], ["alpha1.0-full", "0", "-", "-", "-"],
+    ]  # fmt: skip
+    height, width, _ = image.imread(out / "results.png").shape
+    assert height > 100 and width > 1000
     started.clear()
     assert sweep.main([str(path), "--out", str(out)]) == 1
     assert started == ["alpha0.5-k4-seed0", "alpha1.0-full-seed0"]

@@ -25,7 +25,7 @@ check: $(STAMP) ## lint, format, types and the fast tests: before every commit
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -m "not e2e and not slow" -n $(JOBS) --dist loadfile
+	XLA_FLAGS= $(PYTHON) -m pytest -m "not e2e and not slow" -n $(JOBS) --dist loadfile
 
 bench: $(STAMP) ## measure the distillation step
 	$(PYTHON) scripts/benchmark_kd.py

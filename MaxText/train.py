@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 from absl import app
-from etils import epy
+from etils import epath, epy
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
@@ -50,16 +50,16 @@ def main(argv: Sequence[str]) -> None:
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
+    if is_complete(config):
+        report.say(
+            f"nothing left to do: {config.checkpoint_dir} holds step {config.steps - 1}, the last of {config.steps}"
+        )
+        return
 
     with upstream.monitored(config, recorder):
         # 2. Student and data: upstream's set-up, a checkpoint of this run restored if there is one.
         student = set_up_student(config, recorder)
         start_step = student.start_step
-        if start_step == config.steps:  # stopped at its very end, and started again
-            report.say(
-                f"nothing left to do: {config.checkpoint_dir} holds step {start_step - 1}, the last of {start_step}"
-            )
-            return
 
         # 3. Teacher: restored once, on the student's mesh.
         teacher = None
@@ -81,6 +81,13 @@ def main(argv: Sequence[str]) -> None:
         logger.write_setup_info_to_tensorboard(nnx.state(student.state, nnx.Param))
         with termination.noticed() as notice, failures.writing(config, student.checkpoint_manager):
             train(config, student, steps, logger, recorder, notice, look)
+
+
+def is_complete(config: Any) -> bool:
+    """Whether the newest checkpoint is the last step's: the run was stopped at its very end, and started again."""
+    if not config.enable_checkpointing:
+        return False
+    return teacher_lib.committed_steps(epath.Path(config.checkpoint_dir))[-1:] == [config.steps - 1]
 
 
 @dataclasses.dataclass
@@ -113,8 +120,7 @@ def set_up_student(config: Any, recorder: Any) -> Student:
             upstream.train_utils.setup_train_loop(config, recorder)
         )
         start_step = upstream.pre_train.get_first_step(model, train_state)
-        if start_step != config.steps:
-            upstream.train_utils.validate_completed_steps(start_step, config.steps)
+        upstream.train_utils.validate_completed_steps(start_step, config.steps)
     graphdef, state = nnx.split(train_state)
     params_shardings, shardings = upstream.sharding.maybe_update_params_sharding_with_opt(config, shardings)
     return Student(

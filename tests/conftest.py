@@ -1,8 +1,9 @@
 """Runs of the trainer that tests share: `python MaxText/train.py configs/smoke.yml key=value ...`, as typed.
 
 The engine takes some fifteen seconds to import. A server imports it once, before any device is touched, and each run
-is a fork of it: a process of its own, with arguments, environment and exit status of its own. What one run compiles
-another does not: they share a cache, and LLVM is told not to optimise steps that are taken a few times.
+is a fork of it: a process of its own, with arguments, environment and exit status of its own. What one process
+compiles the others need not: they share a cache. Unless XLA_FLAGS says otherwise, LLVM does not optimise: programs are
+small, and few run often enough to win back what that takes. (`make check` has it optimise, as users do.)
 """
 
 import atexit
@@ -19,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax  # noqa: F401  what it reads of the environment it has read: the cache below is for the runs alone
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -28,7 +28,9 @@ SMOKE = str(ROOT / "configs/smoke.yml")
 Rows = list[dict[str, Any]]
 RUN = itertools.count()
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the test workers have their parent's
+# Before jax reads them. Test workers have their parent's.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -62,8 +64,7 @@ class Result:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags = f"--xla_force_host_platform_device_count={devices} {quick}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 

@@ -117,9 +117,7 @@ def logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
         return heads.project(config, heads.head_of(restored, config), hidden)
 
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
-        lowered = jax.jit(projected).lower(teacher.state)
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return np.asarray(lowered.compile(compiler_options=options)(teacher.state))
+        return np.asarray(jax.jit(projected)(teacher.state))
 
 
 # Into MaxText ---------------------------------------------------------------------------------------------------------

@@ -132,11 +132,8 @@ class Specimen:
         self.batch = lab_lib.padded_batch()
 
     def compiled(self, jitted: Any, *arguments: Any) -> Any:
-        """With little optimisation, which takes a third of the time for what then runs for milliseconds."""
         with jax.set_mesh(self.lab.student.mesh), logical_axis_rules(self.lab.run.student.logical_axis_rules):
-            lowered = jitted.lower(*arguments)
-        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return lowered.compile(compiler_options=options)
+            return jitted.lower(*arguments).compile()
 
     @functools.cached_property
     def logits(self) -> tuple[np.ndarray, np.ndarray]:

@@ -129,7 +129,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "other batch": ([*KD, "kd_teacher_overrides={max_target_length: 16}"], ["max_target_length", "16", "32"]),
     "metrics file in no folder": (["metrics_file=/dev/null/metrics.jsonl"], ["metrics_file='/dev/null/metrics.jsonl'"]),
-    "a run that is over": (["run_name=teacher", "base_output_directory={runs}"], ["already exists at step 5"]),
+    "a run that went further": (
+        ["run_name=teacher", "base_output_directory={runs}", "steps=3"],
+        ["already exists at step 5"],
+    ),
     "no grain data": (
         ["dataset_type=grain", "grain_train_files=/no/such/*.arrayrecord", "grain_file_type=arrayrecord"],
         ["dataset_type='grain'", "grain_train_files='/no/such/*.arrayrecord'", "No files found"],

@@ -343,10 +343,10 @@ def test_an_output_folder_that_cannot_be_one_is_named(plain, tmp_path):
 
 
 def test_evaluation_data_that_cannot_be_read_ends_a_run_with_a_message(plain, tmp_path):
-    rows = token_rows.write(tmp_path / "eval.arrayrecord", 400, seed=3)
+    rows = token_rows.write(tmp_path / "eval.arrayrecord", 400 * [32], seed=3)
     written = bytearray(rows.read_bytes())
     written[1000:8000] = bytes(7000)  # the index at the end is whole: the file opens
-    token_rows.write_bytes(written)
+    rows.write_bytes(written)
     keys = plain | {"grain_eval_files": rows, "steps": 3, "eval_start_step": 1, "eval_interval": 1, "eval_steps": 0}
     result = run(tmp_path / "run", keys)
     assert result.status == 1, result.output[-4000:]
@@ -411,7 +411,7 @@ def test_a_run_that_ends_early_ends_with_an_evaluation(plain, end, tmp_path):
     if end == "target loss":
         keys |= {"target_eval_loss": 100}
     else:
-        keys |= {"grain_train_files": token_rows.write(tmp_path / "short.arrayrecord", 16, seed=2)}
+        keys |= {"grain_train_files": token_rows.write(tmp_path / "short.arrayrecord", 16 * [32], seed=2)}
     result = succeed(tmp_path / "run", keys)
     assert "training stopped: " in result.output
     last = last_step(result.output)

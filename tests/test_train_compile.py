@@ -165,18 +165,30 @@ def test_the_row_in_the_metrics_file_is_what_is_printed(tmp_path, capsys):
 # For a TPU ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed (bash setup.sh tpu)")
-def test_the_step_compiles_for_a_topology_that_is_not_here(tmp_path):
+@pytest.mark.parametrize(
+    ("devices", "layout"),
+    [
+        (4, []),
+        (8, ["compile_topology_num_slices=2", "dcn_data_parallelism=2", "ici_fsdp_parallelism=4"]),
+        (8, ["compile_topology_num_slices=2", "dcn_fsdp_parallelism=2", "ici_tensor_parallelism=2"]),
+    ],
+    ids=str,
+)
+def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_path):
     file = tmp_path / "metrics.jsonl"
-    result = execute(PROGRAM, ["use_kd=true", "compile_topology=v5e-4", "kd_top_k=8", f"metrics_file={file}"], tmp_path)
+    distil = ["use_kd=true", "compile_topology=v5e-4", "kd_top_k=8", f"metrics_file={file}"]
+    result = execute(PROGRAM, [*distil, *layout], tmp_path)
     assert result.status == 0, result.output[-4000:]
-    assert "4 x TPU v5 lite" in result.output and "on a v5e: fits" in result.output
+    assert f"{devices} x TPU v5 lite" in result.output and "on a v5e: fits" in result.output
     row = json.loads(file.read_text())
-    assert row["compile/fits"] == 1 and row["compile/devices"] == 4
+    assert row["compile/fits"] == 1 and row["compile/devices"] == devices
     assert 0 < row["compile/temp_bytes"] < row["compile/available_bytes"]
     assert row["compile/roofline_compute_seconds"] == pytest.approx(row["compile/model_flops"] / 197e12)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed (bash setup.sh tpu)")
 def test_a_step_that_is_too_large_says_so_and_ends_with_status_1(tmp_path):
     file = tmp_path / "metrics.jsonl"

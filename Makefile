@@ -13,7 +13,6 @@ help: ## list the targets
 demo: $(STAMP) ## distil a student on real text, beside one trained without a teacher
 	$(PYTHON) scripts/demo.py
 
-# How many files of tests at a time.
 JOBS ?= 2
 test: $(STAMP) ## every test but the long matrix, JOBS files at a time
 	$(PYTHON) -m pytest -m "not slow" -n $(JOBS) --dist loadfile

@@ -48,7 +48,7 @@ NEUTRAL = {
     "quantization": "", "mtp_num_layers": 0,
 }  # fmt: skip
 BATCH = 1 << 28  # bytes of small arrays that are written at once
-PARTIAL = "unfinished.partial_save"  # what Orbax's partial save calls a checkpoint `unfinished`
+PARTIAL = "unfinished.partial_save"  # how Orbax calls the unfinished checkpoint, and each write in it begins
 CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
 
 Shape = tuple[int, ...]
@@ -195,24 +195,25 @@ def begin(output: epath.Path, record: dict[str, Any]) -> set[tuple[str, ...]]:
     if output.exists() and not file.exists() and (not output.is_dir() or any(output.iterdir())):
         raise pyconfig.ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
     output.mkdir(parents=True, exist_ok=True)
-    same = file.exists() and json.loads(file.read_text()) == record
-    written = resume(output / PARTIAL) if same else set()
+    text = json.dumps(record, indent=2) + "\n"
+    written = resume(output / PARTIAL) if file.exists() and file.read_text() == text else set()
     if not written:
         for left in output.glob("unfinished*"):
             left.rmtree()
-    file.write_text(json.dumps(record, indent=2) + "\n")
+    file.write_text(text)
     return written
 
 
 def resume(partial: epath.Path) -> set[tuple[str, ...]]:
     """Paths of the arrays in an unfinished checkpoint, from which the write that was cut off is removed.
 
-    None where there is no such checkpoint, or one that was cut off while its writes were made into one.
+    Empty where there is no such checkpoint, or one that was cut off while its writes were being made into one.
     """
-    if not partial.exists() or (partial / "state").exists():
+    writes = list(partial.iterdir()) if partial.exists() else []
+    if not all(write.name.startswith(PARTIAL) for write in writes):
         return set()
     written = set()
-    for write in partial.iterdir():  # Orbax's folders of one partial save each
+    for write in writes:
         if (write / "commit_success.txt").exists():
             arrays = json.loads((write / "state" / "_METADATA").read_text())["tree_metadata"].values()
             written |= {tuple(part["key"] for part in array["key_metadata"]) for array in arrays}

@@ -400,7 +400,7 @@ def test_an_output_with_anything_in_it_is_left_alone(tmp_path, teachers):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-@pytest.mark.parametrize("change", ["none", "source", "options"])
+@pytest.mark.parametrize("change", ["none", "source", "options", "merge begun"])
 def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_source_and_options(
     change, tmp_path, teachers, monkeypatch
 ):
@@ -423,12 +423,14 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
     with pytest.raises(pyconfig.ConfigError, match="no MaxText checkpoint"):
         teacher_lib.find_checkpoint(str(tmp_path / "mt"))
     before, unfinished = sum(written), tmp_path / "mt" / convert_teacher.PARTIAL
-    cut_off = shutil.copytree(min(unfinished.iterdir()), unfinished / "cut_off")
+    cut_off = shutil.copytree(min(unfinished.iterdir()), unfinished / f"{convert_teacher.PARTIAL}.cut_off")
     (cut_off / "commit_success.txt").unlink()
 
     options: list[str] = []
     if change == "source":
         (source / "config.json").touch()
+    if change == "merge begun":  # Orbax moves files of a write up, one by one
+        next(unfinished.glob("*/_CHECKPOINT_METADATA")).rename(unfinished / "_CHECKPOINT_METADATA")
     if change == "options":
         options = ["--dtype", "bfloat16"]
     written.clear()

@@ -34,7 +34,6 @@ CALLS = {
     "gradient_accumulation.gradient_accumulation_loss_and_grad": (
         "_loss_fn config model params params_shardings data dropout_rng"
     ),
-    "input_pipeline_interface.create_data_iterator": "config mesh",
     "hf_utils.detect_and_extract_checkpoint": "checkpoint_dict",
     "hf_utils.load_orbax_checkpoint": "config",
     "hf_utils.process_maxtext_param": (
@@ -42,6 +41,7 @@ CALLS = {
     ),
     "hf_utils.save_model_files": "weight_arrays config tokenizer processor output_dir",
     "hf_utils.validate_and_filter_param_map_keys": "param_map_keys maxtext_state_keys",
+    "input_pipeline_interface.create_data_iterator": "config mesh",
     "max_utils.add_text_to_summary_writer": "key value summary_writer",
     "max_utils.bootstrap_transformer_engine_cgemm": "config",
     "max_utils.calculate_num_params_from_pytree": "params",
@@ -143,8 +143,8 @@ NAMES = [
     "param_mapping.PARAM_MAPPING",
     "pre_train.VertexTensorboardManager",
     "pre_train._TF_AVAILABLE",
-    "pre_train.vocab_tiling_nnx_loss",
     "pre_train.tf",
+    "pre_train.vocab_tiling_nnx_loss",
     "to_maxtext.LazyTensor",
     "types.DcnParallelism",
     "types.IciParallelism",

@@ -1,6 +1,6 @@
 """Laws of each family of decoders, as student and as teacher, on MaxText's own presets, shrunk.
 
-    python tests/test_families.py        holds every family to every law and then writes docs/families.md
+    python tests/test_families.py        holds every family to every law and then writes the README's section
 
 What sets a family apart stays: soft caps, tied heads, norms, biases, routing, attention patterns and their cycles of
 layers. Left out on purpose: what a preset is at its own size, and dropless kernels for experts, which are a TPU's.
@@ -27,7 +27,8 @@ from MaxText import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
 
-PAGE = ROOT / "docs/families.md"
+README = ROOT / "README.md"
+HEADING = "## Families of decoders\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,10 +237,10 @@ def test_a_family_whose_step_is_not_carried_is_refused_by_name(name):
         pyconfig.initialize(["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())])
 
 
-# The page -------------------------------------------------------------------------------------------------------------
+# The README's section -------------------------------------------------------------------------------------------------
 
 
-def page() -> str:
+def section() -> str:
     rows = [f"| {name} | `{family.preset}` | {family.has} | yes | yes |" for name, family in FAMILIES.items()]
     rows += [
         f"| {name} | `{preset}` | | no: `{key}=true` is refused under `use_kd=true` | not tried |"
@@ -247,8 +248,7 @@ def page() -> str:
     ]
     default = ", ".join(DEFAULT)
     return f"""\
-# Families of decoders
-
+{HEADING}
 <!-- Made by `python tests/test_families.py`, which holds every family to every law first: do not edit. -->
 
 Each preset of MaxText's is shrunk to a few layers and a vocabulary of 256, with what is peculiar to it kept, and held
@@ -269,8 +269,8 @@ teacher may be of another family than its student: they share a vocabulary, noth
 """
 
 
-def test_the_page_is_what_the_list_of_families_renders():
-    assert PAGE.read_text() == page(), "run python tests/test_families.py"
+def test_the_readme_says_what_the_list_of_families_renders():
+    assert section() in README.read_text(), "run python tests/test_families.py"
 
 
 def main() -> None:
@@ -280,7 +280,9 @@ def main() -> None:
             for law in LAWS:
                 law(specimen)
         print(name, flush=True)
-    PAGE.write_text(page())
+    before, _, after = README.read_text().partition(HEADING)
+    _, limits, after = after.partition("\n## Limits\n")
+    README.write_text(before + section() + limits + after)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory):
     """Rows of 1 to 32 tokens: no two devices, and no two microbatches, have as many."""
-    lengths = np.random.default_rng(0).integers(1, 33, 8 * STEPS + 8).tolist()
+    lengths = np.random.default_rng(0).integers(1, 33, 16 * (STEPS + 1)).tolist()
     return token_rows.KEYS | {
         "grain_train_files": token_rows.write(tmp_path_factory.mktemp("rows") / "train", lengths, seed=2)
     }
@@ -79,6 +79,12 @@ def test_a_layout_agrees_with_one_device(distil, one_device, layout):
     devices, keys = LAYOUTS[layout]
     run = distil(f"{list(LAYOUTS).index(layout)}", devices, **keys)
     assert_same_run(run, one_device)
+
+
+def test_microbatches_of_packed_rows_agree_with_one_batch(distil):
+    packed = {"packing": "true"}
+    microbatches = {"gradient_accumulation_steps": 4, "per_device_batch_size": 2}
+    assert_same_run(distil("packed_microbatches", **packed, **microbatches), distil("packed", **packed))
 
 
 @pytest.mark.slow

@@ -4,14 +4,15 @@
 
 writes <output>/0/items (what kd_teacher_parameters_path and load_parameters_path take), <output>/tokenizer and
 <output>/conversion.json, and prints how to train with it. No accelerator and no torch are needed. Arrays are read,
-transformed and written one after the other: memory is a few times the largest array of MaxText's model, not the
-model (docs/convert.md). <output>/0 appears when all is written; after an interruption the same command goes on.
+transformed and written one after the other: memory is a few times the largest tensor of the source, not the model
+(docs/convert.md). <output>/0 appears when all is written; after an interruption the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -24,10 +25,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays pass through the host's 
 import hugging_face
 import huggingface_hub
 import jax
+import jax.numpy as jnp
+import numpy as np
 import safetensors
 from etils import epath, epy
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from stacked_arrays import Pending, Shape, Stacked, stored_by_piece, written_by_piece
 
 from MaxText import failures, pyconfig, upstream
 
@@ -50,8 +54,6 @@ NEUTRAL = {
 BATCH = 1 << 28  # bytes of small arrays that are written at once
 PARTIAL = "unfinished.partial_save"  # how Orbax calls the unfinished checkpoint, and each write in it begins
 CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
-
-Shape = tuple[int, ...]
 
 
 # The source -----------------------------------------------------------------------------------------------------------
@@ -159,8 +161,8 @@ def model_info(config: Any) -> tuple[dict[str, tuple[int, Shape]], Any]:
 
 def lazy_arrays(
     folder: pathlib.Path, hf_config: transformers.PreTrainedConfig, config: Any, dtype: str
-) -> list[tuple[Any, Any]]:
-    """Path -> array of MaxText's checkpoint, read and transformed when asked for (MaxText's LazyTensor)."""
+) -> list[tuple[Any, Stacked]]:
+    """Path -> array of MaxText's checkpoint, read and transformed when asked for."""
     tables = hugging_face.tables(hf_config, config, saving=False)
     wanted, treedef = model_info(config)
     with upstream.silence():
@@ -169,15 +171,24 @@ def lazy_arrays(
     on_disk = locate(needed, tables.shapes, stored_tensors(folder))
     # Transformations multiply and add: in float32, rounded once, when written.
     loader = to_maxtext.LazyHFLoader(str(folder), None, save_dtype="float32")
+
+    def load(hook: Any, name: str, shape: Shape) -> np.ndarray:
+        return hf_utils.apply_hook_fns(loader.get_tensor(on_disk[name]), shape, hook)
+
     leaves = [None] * len(wanted)
     for key in keys:
-        places, shapes = to_maxtext._get_maxtext_indices_and_shapes(key, wanted)
-        # Without the key's name, by which MaxText would stack the layers of Mixtral's routers along the wrong axis.
-        load = to_maxtext._get_hf_loading_function(
-            tables.names[key], lambda name: loader.get_tensor(on_disk[name]), tables.hooks.get(key), shapes, config
-        )
-        to_maxtext._get_maxtext_weight(load, places, shapes, key, leaves, dtype, True)
+        place, shape = wanted[key]
+        names, hook = tables.names[key], tables.hooks.get(key)
+        axes = stacked_axes(names, shape, config)
+        leaves[place] = Stacked(shape, jnp.dtype(dtype), names, axes, functools.partial(load, hook))
     return jax.tree_util.tree_leaves_with_path({"params": jax.tree.unflatten(treedef, leaves)})
+
+
+def stacked_axes(names: Any, shape: Shape, config: Any) -> tuple[int, ...]:
+    """Where MaxText stacks: experts and layers in front, layers alone along `param_scan_axis` if there is one."""
+    depth = hf_utils.nesting_depth(names)
+    scanned = config.scan_layers and len(shape) > config.param_scan_axis
+    return (config.param_scan_axis,) if depth == 1 and scanned else tuple(range(depth))
 
 
 # The checkpoint -------------------------------------------------------------------------------------------------------
@@ -228,9 +239,9 @@ def source_files(folder: pathlib.Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def batches(arrays: list[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
+def batches(arrays: list[tuple[Any, Stacked]]) -> Iterator[list[tuple[Any, Stacked]]]:
     """Runs of arrays of at most BATCH bytes; a larger array is alone."""
-    batch: list[tuple[Any, Any]] = []
+    batch: list[tuple[Any, Stacked]] = []
     size = 0
     for path, array in arrays:
         if batch and size + array.nbytes > BATCH:
@@ -243,34 +254,33 @@ def batches(arrays: list[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
 
 
 def save(
-    output: epath.Path, arrays: list[tuple[Any, Any]], written: set[tuple[str, ...]], config: Any, console: Console
+    output: epath.Path, arrays: list[tuple[Any, Stacked]], written: set[tuple[str, ...]], config: Any, console: Console
 ) -> None:
     """Writes the arrays as <output>/0/items, which appears when it is whole; those in `written` lie there already."""
     left = [(path, array) for path, array in arrays if tuple(part.key for part in path) not in written]
     if written:
         console.print(f"going on: {len(arrays) - len(left)} of {len(arrays)} arrays were written before")
     unfinished = output / "unfinished"
+    context = upstream.checkpoint_context.build_context(
+        use_ocdbt=config.checkpoint_storage_use_ocdbt,
+        use_zarr3=config.checkpoint_storage_use_zarr3,
+        ocdbt_target_data_file_size_bytes=CHUNK,
+    )
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.scoped_storage_options_creator = stored_by_piece
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with (
-        upstream.checkpoint_context.build_context(
-            use_ocdbt=config.checkpoint_storage_use_ocdbt,
-            use_zarr3=config.checkpoint_storage_use_zarr3,
-            ocdbt_target_data_file_size_bytes=CHUNK,
-        ),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("", total=sum(int(array.nbytes) for _, array in left))
-        for batch in batches(left):
-            tree: dict[str, Any] = {}
-            for path, array in batch:
-                *parents, last = (part.key for part in path)
-                node = tree
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = array.__array__(array.dtype)
-                bar.advance(task, int(array.nbytes))
-            ocp.partial.save(unfinished, tree, custom_metadata={"scan_layers": config.scan_layers})
-            del tree, node
+    with context, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=sum(array.nbytes for _, array in left))
+        with written_by_piece(functools.partial(bar.advance, task)):
+            for batch in batches(left):
+                tree: dict[str, Any] = {}
+                for path, array in batch:
+                    *parents, last = (part.key for part in path)
+                    node = tree
+                    for parent in parents:
+                        node = node.setdefault(parent, {})
+                    node[last] = Pending.of(array) if array.nbytes > BATCH else array.whole()
+                ocp.partial.save(unfinished, tree, custom_metadata={"scan_layers": config.scan_layers})
         ocp.partial.finalize(unfinished)
     (unfinished / "state").rename(unfinished / "items")  # orbax's name for a single tree; MaxText looks for its own
     unfinished.rename(output / "0")
@@ -350,7 +360,7 @@ def main(argv: list[str]) -> None:
     except (OSError, ValueError) as error:  # tensorstore's are of the second kind
         reason = failures.first_line(error)
         raise failures.RunError(f"{output}: not converted ({reason}); the same command goes on from here") from error
-    size = sum(int(array.nbytes) for _, array in arrays)
+    size = sum(array.nbytes for _, array in arrays)
     console.print(
         f"{hf_config.model_type} -> {name}, {size / 1e9:.3g} GB in {arguments.dtype}, {output / '0' / 'items'}"
     )

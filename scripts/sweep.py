@@ -11,6 +11,7 @@ seed drawn in <out>/results.png. The file's format: docs/sweeps.md.
 
 import argparse
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import itertools
@@ -170,6 +171,10 @@ def train(run: Run, out: Path) -> str:
     """Runs it to its end -> what went wrong; "" for nothing."""
     log = out / run.name / "train.log"
     with (ROOT / log).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the trainer has it as well, should this process die
+        except BlockingIOError:
+            return f"{run.name}: another process trains in its folder"
         status = subprocess.run(run.command(out), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
     if status == 0 and last_evaluation(run, out):
         return ""

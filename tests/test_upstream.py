@@ -34,8 +34,10 @@ CALLS = {
     "gradient_accumulation.gradient_accumulation_loss_and_grad": (
         "_loss_fn config model params params_shardings data dropout_rng"
     ),
+    "hf_utils.apply_hook_fns": "weight target_shape hook_fns",
     "hf_utils.detect_and_extract_checkpoint": "checkpoint_dict",
     "hf_utils.load_orbax_checkpoint": "config",
+    "hf_utils.nesting_depth": "hf_source_keys",
     "hf_utils.process_maxtext_param": (
         "maxtext_param_key maxtext_param_weight param_map hook_fn_map hf_shape_map maxtext_config"
     ),
@@ -100,14 +102,6 @@ CALLS = {
     "sharding.maybe_update_params_sharding_with_opt": "config state_mesh_shardings",
     "to_maxtext.LazyHFLoader": "model_id token | save_dtype",
     "to_maxtext.LazyHFLoader.get_tensor": "self key",
-    "to_maxtext._get_hf_loading_function": (
-        "hf_source_keys_or_key tensor_getter hook_fn mt_target_shape_or_shapes config"
-    ),
-    "to_maxtext._get_maxtext_indices_and_shapes": "mt_param_key_or_keys maxtext_abstract_dict",
-    "to_maxtext._get_maxtext_weight": (
-        "load_fn mt_target_idx_or_indices mt_target_shape_or_shapes mt_param_key_or_keys final_mt_weights save_dtype "
-        "use_lazy_load"
-    ),
     "to_maxtext.get_maxtext_model_info": "config",
     "train_state_nnx.TrainStateNNX.__init__": "self model optimizer",
     "train_state_nnx.TrainStateNNX.apply_gradients": "self grads | **kwargs",

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PLATFORM ?= $(or $(shell cut -d ' ' -f 1 $(STAMP) 2>/dev/null),cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench fit clean
+.PHONY: help demo check test-fast test test-slow bench fit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 12
@@ -14,17 +14,20 @@ demo: $(STAMP) ## distil a student on real text, beside one trained without a te
 	$(PYTHON) scripts/demo.py
 
 JOBS ?= 2
-test: $(STAMP) ## every test but the long matrix, JOBS files at a time
-	$(PYTHON) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
-
-test-slow: $(STAMP) ## the long matrix
-	$(PYTHON) -m pytest -m slow -n $(JOBS) --dist loadfile
-
-check: $(STAMP) ## lint, format, types and the fast tests: before every commit
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+check: $(STAMP) ## lint, format, types: before every commit
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	XLA_FLAGS= $(PYTHON) -m pytest -m "not e2e and not slow" -n $(JOBS) --dist loadfile
+
+test-fast: $(STAMP) ## the tests that start no run, compiled as users have it
+	XLA_FLAGS= $(PYTEST) -m "not e2e and not slow"
+
+test: test-fast ## every test but the long matrix, JOBS files at a time
+	$(PYTEST) -m "e2e and not slow"
+
+test-slow: $(STAMP) ## the long matrix
+	$(PYTEST) -m slow
 
 bench: $(STAMP) ## measure the distillation step
 	$(PYTHON) scripts/benchmark_kd.py

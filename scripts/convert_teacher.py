@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays pass through the host's memory alone
 
@@ -337,7 +337,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--unscanned",
         action="store_true",
-        help="store layer by layer (scan_layers=false): least memory here, a longer compilation of each train step",
+        help="store layer by layer, for a student with scan_layers=false; as a teacher it compiles slowly",
     )
     return parser.parse_args(argv)
 
@@ -373,10 +373,18 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted; start it again with the same command")
-    except (pyconfig.ConfigError, failures.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
+        leave("interrupted; start it again with the same command", 1)
+    except pyconfig.ConfigError as error:
+        leave(f"error: {error}", 2)
+    except failures.RunError as error:
+        leave(f"error: {error}", 1)
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """At once: Orbax's threads would first go on with what they write, and tell of it."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

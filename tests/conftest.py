@@ -3,7 +3,7 @@
 The engine takes some fifteen seconds to import. A server imports it once, before any device is touched, and each run
 is a fork of it: a process of its own, with arguments, environment and exit status of its own. What one process
 compiles the others need not: they share a cache. Unless XLA_FLAGS says otherwise, LLVM does not optimise: programs are
-small, and few run often enough to win back what that takes. (`make check` has it optimise, as users do.)
+small, and few run often enough to win back what that takes. (`make test-fast` has it optimise, as users do.)
 """
 
 import atexit

@@ -1,5 +1,6 @@
 """Laws of a sweep: which runs a file asks for, which are kept, what the table says."""
 
+import fcntl
 import json
 import shlex
 import subprocess
@@ -196,6 +197,22 @@ def test_finished_runs_are_kept_failed_ones_are_told_and_the_others_go_on(write,
     started.clear()
     assert sweep.main([str(path), "--out", str(out)]) == 1
     assert started == ["alpha0.5-k4-seed0", "alpha1.0-full-seed0"]
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(write, tmp_path, monkeypatch):
+    """As when a sweep was killed and its trainer was not."""
+    (run, *_) = sweep.load(write(), [])
+    sweep.claim(run, tmp_path)
+    trainer = "import sys; print(flush=True); sys.stdin.read()"
+    with (tmp_path / run.name / "train.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        left = subprocess.Popen([sys.executable, "-c", trainer], stdin=subprocess.PIPE, stdout=log)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a second process was started"))
+        assert sweep.train(run, tmp_path) == f"{run.name}: another process trains in its folder"
+    left.communicate()
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    assert "status 3" in sweep.train(run, tmp_path)
 
 
 @pytest.mark.e2e

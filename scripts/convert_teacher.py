@@ -179,15 +179,15 @@ def lazy_arrays(
     for key in keys:
         place, shape = wanted[key]
         names, hook = tables.names[key], tables.hooks.get(key)
-        axes = stacked_axes(names, shape, config)
+        axes = stacked_axes(key, names, shape, config)
         leaves[place] = Stacked(shape, jnp.dtype(dtype), names, axes, functools.partial(load, hook))
     return jax.tree_util.tree_leaves_with_path({"params": jax.tree.unflatten(treedef, leaves)})
 
 
-def stacked_axes(names: Any, shape: Shape, config: Any) -> tuple[int, ...]:
-    """Where MaxText stacks: experts and layers in front, layers alone along `param_scan_axis` if there is one."""
+def stacked_axes(key: str, names: Any, shape: Shape, config: Any) -> tuple[int, ...]:
+    """Where MaxText stacks: experts and layers in front, layers alone along `param_scan_axis`, but those of biases."""
     depth = hf_utils.nesting_depth(names)
-    scanned = config.scan_layers and len(shape) > config.param_scan_axis
+    scanned = config.scan_layers and len(shape) > config.param_scan_axis and not key.startswith(hugging_face.BIASES)
     return (config.param_scan_axis,) if depth == 1 and scanned else tuple(range(depth))
 
 

@@ -5,8 +5,8 @@
 
 The second form takes what the training command took, for a student whose shape is in its yml or on its command line.
 The folder has config.json, safetensors, and the tokenizer where its files are at hand. No accelerator and no torch are
-needed; the parameters must fit into the host's memory twice. The folder appears when it is whole. Left out on purpose:
-the optimizer's state, layers for multi-token prediction, and uploads to the hub.
+needed; arrays are read one by one, and all tensors are in memory until written. The folder appears when it is whole.
+Left out on purpose: the optimizer's state, layers for multi-token prediction, and uploads to the hub.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays pass through the host's memory alone
@@ -25,14 +26,17 @@ import hugging_face
 import jax
 import numpy as np
 from etils import epath, epy
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
 
 from MaxText import failures, pyconfig, teacher, upstream
 
 with epy.lazy_imports():
     from maxtext.checkpoint_conversion.utils import utils as hf_utils
+    from orbax.checkpoint.experimental import v1 as ocp
 
-
-MTP = "params-mtp_block"  # layers for multi-token prediction serve training alone; no config.json has a word for them
+MTP = "mtp_block"  # layers for multi-token prediction serve training alone; no config.json has a word for them
 
 
 def student_config(settings: list[str], model_name: str, checkpoint: teacher.Checkpoint) -> Any:
@@ -42,7 +46,7 @@ def student_config(settings: list[str], model_name: str, checkpoint: teacher.Che
     fixed |= convert_teacher.NEUTRAL | {
         "use_kd": False,
         "load_parameters_path": checkpoint.root / "items",
-        "weight_dtype": "float32",  # transformations multiply and add; rounded once, when written
+        "weight_dtype": "float32",
         "scan_layers": checkpoint.scan_layers,
     }
     if model_name:
@@ -66,18 +70,25 @@ def find_student(run: str) -> teacher.Checkpoint:
     return found
 
 
-def check_shapes(run: str, config: Any, checkpoint: teacher.Checkpoint) -> None:
+def stored_arrays(run: str, config: Any, checkpoint: teacher.Checkpoint) -> dict[str, teacher.Path]:
+    """Name of each of the model's arrays, as conversion calls it -> where it lies in the checkpoint.
+
+    Raises:
+      ConfigError: the checkpoint holds others, or of other shapes.
+    """
     wanted, _ = convert_teacher.model_info(config)
-    stored = {"-".join(("params", *path)): shape for path, (_, shape, _) in checkpoint.arrays.items()}
+    places = {name.partition("-")[2]: (name, tuple(shape)) for name, (_, shape) in wanted.items()}
+    stored = {"-".join(path): (where, shape) for path, (where, shape, _) in checkpoint.arrays.items()}
     problems = [
-        f"  {name}: {stored.get(name, 'nothing')} stored, the model has {tuple(shape)}"
-        for name, (_, shape) in wanted.items()
-        if stored.get(name) != tuple(shape)
+        f"  {place}: {stored[place][1] if place in stored else 'nothing'} stored, the model has {shape}"
+        for place, (_, shape) in places.items()
+        if place not in stored or stored[place][1] != shape
     ]
-    unknown = [
-        name for name in sorted(stored) if name not in wanted and not name.startswith(MTP) and "rngs" not in name
+    problems += [
+        f"  {place}: stored, the model has no such array"
+        for place, (where, _) in sorted(stored.items())
+        if where[0] == "params" and place not in places and not place.startswith(MTP) and "rngs" not in place
     ]
-    problems += [f"  {name}: stored, the model has no such array" for name in unknown]
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         listed = "\n".join(problems[:5]) + more
@@ -85,21 +96,31 @@ def check_shapes(run: str, config: Any, checkpoint: teacher.Checkpoint) -> None:
             f"--run {run!r}: does not hold a {config.model_name} of these settings:\n{listed}\n"
             "Give the settings that it was trained with, as the training command had them."
         )
+    return {name: stored[place][0] for place, (name, _) in places.items()}
 
 
-def tensors(config: Any, hf_config: Any, dtype: str) -> dict[str, np.ndarray]:
-    """Name -> tensor of Hugging Face's model, by MaxText's conversion."""
+def read(checkpoint: teacher.Checkpoint, place: teacher.Path) -> jax.Array:
+    """One array, in float32: transformations multiply and add; rounded once, when written."""
+    shape = next(shape for where, shape, _ in checkpoint.arrays.values() if where == place)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = nnx.traversals.unflatten_mapping({place: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)})
+    with upstream.checkpoint_context.build_context(partial_load=True):
+        tree = ocp.load(checkpoint.root, wanted, checkpointable_name="items")
+    return nnx.traversals.flatten_mapping(tree)[place]
+
+
+def tensors(
+    config: Any, hf_config: Any, checkpoint: teacher.Checkpoint, places: dict[str, teacher.Path], dtype: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """Name -> tensor of Hugging Face's model, by MaxText's conversion, those of one array after the other."""
     tables = hugging_face.tables(hf_config, config, saving=True)
-    wanted, _ = convert_teacher.model_info(config)
-    made: dict[str, np.ndarray] = {}
-    with upstream.silence():
-        state = hf_utils.detect_and_extract_checkpoint(hf_utils.load_orbax_checkpoint(config))
-        for key in hf_utils.validate_and_filter_param_map_keys(tables.names, wanted.keys()):
-            for name, value in hf_utils.process_maxtext_param(
-                key, state.pop(key), tables.names, tables.hooks, tables.shapes, config
-            ):
-                made[hugging_face.spellings(name)[-1]] = value.astype(jax.numpy.dtype(dtype))
-    return made
+    for key in hf_utils.validate_and_filter_param_map_keys(tables.names, places.keys()):
+        array = read(checkpoint, places[key])
+        if key.startswith(hugging_face.BIASES) and config.scan_layers:  # stacked in front, which theirs does not know
+            array = np.moveaxis(array, 0, config.param_scan_axis)
+        with upstream.silence():
+            made = hf_utils.process_maxtext_param(key, array, tables.names, tables.hooks, tables.shapes, config)
+        yield {hugging_face.spellings(name)[-1]: value.astype(jax.numpy.dtype(dtype)) for name, value in made}
 
 
 def copy_tokenizer(path: str, folder: pathlib.Path) -> bool:
@@ -128,6 +149,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
+    console = Console(highlight=False, soft_wrap=True)
     output = pathlib.Path(arguments.output).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise pyconfig.ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
@@ -136,13 +158,17 @@ def main(argv: list[str]) -> None:
     checkpoint = find_student(arguments.run)
     config = student_config(arguments.settings, arguments.model_name, checkpoint)
     hf_config = hugging_face.configuration(config)
-    check_shapes(arguments.run, config, checkpoint)
+    places = stored_arrays(arguments.run, config, checkpoint)
     hf_config.dtype = arguments.dtype
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        weights = tensors(config, hf_config, arguments.dtype)
+        weights: dict[str, np.ndarray] = {}
+        made = tensors(config, hf_config, checkpoint, places, arguments.dtype)
+        quiet = not console.is_terminal
+        for part in track(made, "exporting", len(places), console=console, disable=quiet, transient=True):
+            weights |= part
         count = sum(value.size for value in weights.values())
         with upstream.silence():
             hf_utils.save_model_files(weights, hf_config, None, None, str(unfinished))

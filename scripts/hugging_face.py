@@ -45,6 +45,18 @@ WINDOWS = {
 }
 SILU = {"hidden_act": "silu"}
 NO_WINDOW = {"sliding_window": None}
+LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+SHARED_EXPERTS = {
+    "base_moe_mlp_dim": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "shared_experts": "n_shared_experts",
+    "first_num_dense_layers": "first_k_dense_replace",
+    "routed_scaling_factor": "routed_scaling_factor",
+}
+DEEPSEEK = SIZES | EPSILON | SHARED_EXPERTS | dict(zip(LATENTS, LATENTS, strict=True))
+GROUPS = {"n_routing_groups": "n_group", "topk_routing_group": "topk_group"}
+DEEPSEEK_BUILT_IN = SILU | {"attention_bias": False, "rms_norm_eps": 1e-6}  # norms of latents have no other
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
          "use_bidirectional_attention": False}  # fmt: skip
 
@@ -59,6 +71,7 @@ class Family:
       keys: MaxText's key -> the attribute of a Hugging Face configuration that says the same.
       built_in: attribute -> the one value that MaxText's decoder can have.
       pattern: after how many layers with a sliding window a global one follows; 0 = no layer has a window.
+      own: MaxText's keys that make its decoder this one rather than another architecture.
     """
 
     decoder_block: str
@@ -66,6 +79,12 @@ class Family:
     keys: dict[str, str]
     built_in: dict[str, Any]
     pattern: int = 0
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether keys and values are made of latents, in heads of sizes of their own."""
+        return "kv_lora_rank" in self.keys
 
 
 FAMILIES = {
@@ -98,6 +117,20 @@ FAMILIES = {
             "norm_topk_prob": "norm_topk_prob",
         },
         SILU | NO_WINDOW | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "deepseek_v2": Family(
+        "deepseek",
+        "deepseek2-16b",
+        DEEPSEEK,
+        DEEPSEEK_BUILT_IN | {"topk_method": "greedy", "norm_topk_prob": False, "mlp_bias": False},
+        own={"routed_score_func": "softmax", "routed_bias": False, "use_indexer": False},
+    ),
+    "deepseek_v3": Family(
+        "deepseek",
+        "deepseek3-671b",
+        DEEPSEEK | GROUPS,
+        DEEPSEEK_BUILT_IN | {"norm_topk_prob": True, "rope_interleave": True},
+        own={"routed_score_func": "sigmoid", "routed_bias": True, "use_indexer": False},
     ),
     "gemma2": Family("gemma2", "gemma2-2b", SIZES | WINDOWS, GEMMA, pattern=1),
     "gemma3_text": Family("gemma3", "gemma3-4b", SIZES | WINDOWS, GEMMA, pattern=5),
@@ -134,8 +167,11 @@ def architecture(config: transformers.PreTrainedConfig) -> dict[str, Any]:
             raise pyconfig.ConfigError(
                 f"{name}={value!r}: MaxText's {family.decoder_block} decoder has {only!r} built in"
             )
-    settings = {key: getattr(config, name) or 0 for key, name in family.keys.items()}
-    settings["head_dim"] = head_dim(config)
+    settings = {key: getattr(config, name) or 0 for key, name in family.keys.items()} | family.own
+    if not family.is_latent:
+        settings["head_dim"] = head_dim(config)
+    if settings.get("n_routing_groups") == 1:  # all experts
+        settings |= dict.fromkeys(GROUPS, -1)
     settings["logits_via_embedding"] = bool(settings["logits_via_embedding"])
     if family.pattern:  # MaxText scales Gemma's embedding table itself by sqrt(width), and the logits back
         settings["normalize_embedding_logits"] = True
@@ -158,6 +194,8 @@ def layer_types(family: Family, layers: int) -> list[str]:
 def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, Any]:
     """MaxText's keys for rotary positions."""
     given = dict(config.rope_parameters)
+    if family.is_latent:
+        return yarn(config, given)
     if family.decoder_block == "gemma3":
         local, given = dict(given["sliding_attention"]), dict(given["full_attention"])
         if local.get("rope_type", "default") == "default":
@@ -178,6 +216,45 @@ def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, A
     )
 
 
+# MaxText's key -> what config.json calls it among its parameters of rotary positions, and its value if left out.
+YARN = {
+    "rope_factor": ("factor", 1),
+    "original_max_position_embeddings": ("original_max_position_embeddings", 4096),
+    "beta_fast": ("beta_fast", 32),
+    "beta_slow": ("beta_slow", 1),
+    "mscale": ("mscale_all_dim", 1),
+}
+
+
+def yarn(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """MaxText's keys for DeepSeek's rotary positions, which turn neighbours in a head; plain ones are YaRN's by 1.
+
+    MaxText's `rope_type: default` turns halves of a head instead.
+    """
+    keys = {"rope_type": "yarn", "rope_interleave": True, "rope_max_timescale": int(given["rope_theta"])}
+    if given.get("rope_type", "default") == "default":
+        return keys | {"rope_factor": 1}
+    values = {key: given.get(name, default) for key, (name, default) in YARN.items()}
+    whole = {key: value if key == "mscale" else int(value) for key, value in values.items()}
+    length = config.max_position_embeddings
+    if (
+        given["rope_type"] == "yarn"
+        and whole == values
+        and given.get("mscale", 0) == given.get("mscale_all_dim") != 0
+        and given.get("truncate", True)
+        and given.get("attention_factor") is None
+        and given.get("partial_rotary_factor", 1) == 1
+        and length > whole["original_max_position_embeddings"]
+    ):
+        keys |= {"max_position_embeddings": length, "rope_truncate": True, "rope_attention_scaling": False}
+        return keys | whole
+    raise pyconfig.ConfigError(
+        f"rope_parameters={config.rope_parameters!r}: MaxText's deepseek decoder scales rotary positions by YaRN with "
+        "whole numbers, equal mscale and mscale_all_dim, and original_max_position_embeddings below "
+        f"max_position_embeddings ({length})"
+    )
+
+
 # MaxText's configuration -> config.json -------------------------------------------------------------------------------
 
 
@@ -188,16 +265,31 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
       ConfigError: Hugging Face has no such architecture, or not with these settings.
     """
     block = config.decoder_block.value
-    model_type = next((name for name, family in FAMILIES.items() if family.decoder_block == block), None)
+    model_type = next(
+        (
+            name
+            for name, family in FAMILIES.items()
+            if family.decoder_block == block and all(held(config, key) == value for key, value in family.own.items())
+        ),
+        None,
+    )
     if model_type is None:
-        blocks = ", ".join(family.decoder_block for family in FAMILIES.values())
+        blocks = ", ".join(dict.fromkeys(family.decoder_block for family in FAMILIES.values()))
         raise pyconfig.ConfigError(f"decoder_block={block}: not supported; supported are {blocks}")
     family = FAMILIES[model_type]
     settings: dict[str, Any] = {name: held(config, key) for key, name in family.keys.items()}
     settings |= family.built_in
-    settings["head_dim"] = config.head_dim
     settings["max_position_embeddings"] = config.max_target_length
     settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config.rope_max_timescale)}
+    if family.is_latent:
+        settings["q_lora_rank"] = settings["q_lora_rank"] or None
+        settings |= {name: 1 for key, name in GROUPS.items() if settings.get(name) == -1}
+        if config.rope_factor != 1:
+            scaled = {name: getattr(config, key) for key, (name, _) in YARN.items()}
+            settings["rope_parameters"] |= scaled | {"rope_type": "yarn", "mscale": config.mscale}
+            settings["max_position_embeddings"] = config.max_position_embeddings
+    else:
+        settings["head_dim"] = config.head_dim
     if block == "gemma2":
         settings["num_hidden_layers"] *= 2
         settings["query_pre_attn_scalar"] = config.head_dim
@@ -237,8 +329,9 @@ def check_same(config: Any, settings: dict[str, Any]) -> None:
 
 # Presets --------------------------------------------------------------------------------------------------------------
 
-# How a model is stored or padded rather than what it is: a preset that differs in these alone fits.
-ADJUSTED = ("vocab_size", "rope_type", "rope_use_scale")
+# How a model is stored or padded rather than what it is: a preset that differs in these alone fits. MaxText's preset of
+# DeepSeek V3 leaves its groups of experts out.
+ADJUSTED = ("vocab_size", "rope_type", "rope_use_scale", *GROUPS)
 
 
 @functools.cache
@@ -268,7 +361,9 @@ def candidates(config: transformers.PreTrainedConfig) -> dict[str, dict[str, Any
     found = {
         name: overrides(name, settings)
         for name, preset in presets().items()
-        if preset["decoder_block"] == family.decoder_block and has_scalar(name, config, family)
+        if preset["decoder_block"] == family.decoder_block
+        and not preset["use_batch_split_schedule"]  # another schedule of a model that has a preset
+        and has_scalar(name, config, family)
     }
     return dict(sorted(found.items(), key=lambda item: (len(item[1].keys() - set(ADJUSTED)), len(item[1]), item[0])))
 
@@ -362,6 +457,8 @@ def tables(hugging_face: transformers.PreTrainedConfig, config: Any, saving: boo
         embedding = "params-token_embedder-embedding"
         exact = param_mapping.HOOK_FNS["gemma2-2b"](text, config, scan_layers=layers, saving_to_hf=saving)
         made |= {embedding: exact[embedding]}
+    if family.own.get("routed_bias"):  # in the checkpoint they are no parameters, which theirs does not know
+        names = {apart(key): value for key, value in names.items()}
     if family.table == "llama3.1-8b" and not interleaved(config):
         # Theirs interleave the halves of a head, as MaxText's llama3.1 positions want it; its plain ones do not.
         plain = param_mapping.HOOK_FNS["mixtral-8x7b"](text, config, scan_layers=layers, saving_to_hf=saving)
@@ -374,6 +471,13 @@ def interleaved(config: Any) -> bool:
     return str(getattr(config.rope_type, "value", config.rope_type)) == "llama3.1" or config.model_name.startswith(
         "llama3.1"
     )
+
+
+BIASES = "MoEBiasVar-"  # of routers: MaxText's collection of them
+
+
+def apart(key: str) -> str:
+    return key.replace("params-", BIASES, 1) if key.endswith("gate-bias") else key
 
 
 # How the language model of a model that sees is called: in MaxText's tables, on disk as published, on its own.

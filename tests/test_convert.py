@@ -41,6 +41,8 @@ PRESETS = {
     "qwen2": "qwen2.5-7b",
     "qwen3": "qwen3-0.6b",
     "qwen3_moe": "qwen3-30b-a3b",
+    "deepseek2": "deepseek2-16b",
+    "deepseek3": "deepseek3-671b",
     "gemma2": "gemma2-2b",
     "gemma3": "gemma3-4b",
 }
@@ -80,6 +82,10 @@ def teachers(base):
 
 def arrays(folder: pathlib.Path) -> Any:
     return ocp.load(folder / "0", checkpointable_name="items")["params"]["params"]
+
+
+def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    return nnx.traversals.flatten_mapping(tree)
 
 
 def assert_equal(a: Any, b: Any) -> None:
@@ -235,7 +241,7 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 TABLED = [
     *("llama3.1-8b", "llama3.1-70b", "mixtral-8x7b", "mixtral-8x22b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-14b"),
     *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "qwen3-30b-a3b"),
-    *("qwen3-235b-a22b", "gemma2-2b", "gemma2-9b", "gemma2-27b"),
+    *("qwen3-235b-a22b", "deepseek2-16b", "deepseek3-671b", "gemma2-2b", "gemma2-9b", "gemma2-27b"),
 ]
 
 
@@ -247,7 +253,7 @@ def test_a_published_configuration_finds_its_preset(name):
     else:
         config = hugging_face.hf_model_configs.HF_MODEL_CONFIGS[name]
     found, changed = hugging_face.choose(config, "")
-    assert (found, changed.keys() - {"vocab_size"}) == (name, set())
+    assert (found, changed.keys() - {"vocab_size", *hugging_face.GROUPS}) == (name, set())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -302,6 +308,22 @@ def test_a_trained_student_is_exported_as_it_was_saved(train, base):
     assert sum(value.size for value in exported.values()) == sum(x.size for x in jax.tree.leaves(stored))
 
 
+def test_biases_of_routers_which_are_no_parameters_are_exported_too(train, base):
+    keys = {"model_name": "deepseek3-mini", "sparse_matmul": "false", "megablox": "false"}
+    student = train("experts", steps=2, save_checkpoint_on_completion="true", **keys)
+    settings = [f"{key}={value}" for key, value in keys.items()]
+    export_student.main(["--run", str(student.folder), "--output", str(base / "experts"), SMOKE, *settings])
+    aux = ocp.load(student.folder / "checkpoints/1", checkpointable_name="items")["nnx_aux"]["model"]
+    (biases,) = jax.tree.leaves({key: value for key, value in flat(aux).items() if key[-2:] == ("gate", "bias")})
+    assert biases.shape == (2, 4) and np.all(np.std(biases, axis=1) > 0)
+    exported = load_file(base / "experts/model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer + 1}.mlp.gate.e_score_correction_bias"
+        np.testing.assert_array_equal(exported[name], biases[layer])
+    made = transformers.AutoConfig.from_pretrained(base / "experts")
+    assert (made.model_type, made.rope_parameters["rope_type"], made.n_group) == ("deepseek_v3", "default", 1)
+
+
 # As a user types it ---------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +357,12 @@ def edited(folder: pathlib.Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
+def deepseek(folder: pathlib.Path, values: Record | None = None, **positions: Any) -> None:
+    config, _ = golden.read("deepseek2")
+    config["rope_parameters"] |= positions
+    (folder / "config.json").write_text(json.dumps(config | (values or {})))
+
+
 def cut(folder: pathlib.Path) -> None:
     file = folder / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -358,6 +386,16 @@ BAD: dict[str, tuple[Any, list[str], list[str]]] = {
     ),
     "scaling that MaxText has not": (
         lambda f: edited(f, rope_parameters=golden.LLAMA31 | {"factor": 32.0}), [], ["rope_parameters", "'factor': 8.0"]
+    ),
+    "scaling by halves": (
+        lambda f: deepseek(f, factor=2.5), [], ["rope_parameters", "whole numbers", "mscale_all_dim"]
+    ),
+    "scaling of the turned part": (
+        lambda f: deepseek(f, mscale=1.0), [], ["rope_parameters", "equal mscale and mscale_all_dim"]
+    ),
+    "scaling without ends": (lambda f: deepseek(f, truncate=False), [], ["rope_parameters", "YaRN"]),
+    "experts chosen by groups of theirs": (
+        lambda f: deepseek(f, {"topk_method": "group_limited_greedy"}), [], ["topk_method", "'greedy' built in"]
     ),
     "biases": (lambda f: edited(f, attention_bias=True), [], ["attention_bias=True", "False built in"]),
     "quantized": (

@@ -2,7 +2,7 @@
 
     python3.11 -m venv goldens
     goldens/bin/pip install torch==2.13.0 transformers==5.23.0 ml_dtypes
-    goldens/bin/python tests/golden/make.py                 writes tests/golden/*.json and *.npz
+    goldens/bin/python tests/golden/make.py [NAME]          writes tests/golden/*.json and *.npz, or those of one
     goldens/bin/python tests/golden/make.py NAME FOLDER     compares an exported FOLDER with NAME's, in torch
 
 NAME.json is a config.json and the names and shapes of the tensors as transformers saves them, NAME.npz is tokens and
@@ -47,6 +47,22 @@ GEMMA3 = {  # six layers make a cycle, two remain
     "rope_local_base_freq": 10000.0,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
+# One dense layer before experts; positions scaled by so much that few of them show it.
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                        "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 16},
+}  # fmt: skip
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rms_norm_eps": 1e-5, "rope_theta": 500000.0}),
@@ -72,6 +88,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 40,
             "norm_topk_prob": True,
         },
+    ),
+    "deepseek2": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "routed_scaling_factor": 1.5}),
+    "deepseek3": (  # two of four groups of experts; plain positions, as Moonlight's
+        "deepseek_v3",
+        DEEPSEEK
+        | {"q_lora_rank": 28, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
     ),
     "gemma2": (  # caps as low as the logits; queries divided by another number than head_dim, as the 27b's
         "gemma2",
@@ -187,5 +210,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         compare(sys.argv[1], pathlib.Path(sys.argv[2]))
     else:
-        for each in MODELS:
+        for each in sys.argv[1:] or MODELS:
             make(each)

@@ -1,9 +1,13 @@
 """What the console says before the first step: what is trained, from what, on what."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from flax import nnx
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from MaxText import heads, pyconfig
 
@@ -12,6 +16,17 @@ def say(line: str) -> None:
     """Prints a line once per run rather than once per host."""
     if jax.process_index() == 0:
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(for_what: str) -> Iterator[None]:
+    """Shows on a terminal what takes its time, and how much it has taken; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn(for_what), TimeElapsedColumn()
+    shown = console.is_terminal and jax.process_index() == 0
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        progress.add_task("", total=None)
+        yield
 
 
 def readable(count: float) -> str:

@@ -13,8 +13,7 @@ import datetime
 import functools
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from MaxText import pyconfig, upstream
 with epy.lazy_imports():
     from MaxText import failures, heads, manifest, report, sanity, step, termination, vocabularies
     from MaxText import metrics as metrics_lib
+    from MaxText import student as student_lib
     from MaxText import teacher as teacher_lib
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         report.say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
-        with upstream.monitored(config, recorder), refusals_as_config_errors(config):
+        with upstream.monitored(config, recorder), student_lib.refusals_as_config_errors(config):
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
@@ -58,17 +58,20 @@ def main(argv: Sequence[str]) -> None:
 
     with upstream.monitored(config, recorder):
         # 2. Student and data: upstream's set-up, a checkpoint of this run restored if there is one.
-        student = set_up_student(config, recorder)
+        student = student_lib.set_up(config, recorder)
         start_step = student.start_step
 
         # 3. Teacher: restored once, on the student's mesh.
         teacher = None
         if kd.use_kd:
-            teacher = teacher_lib.load(teacher_config, checkpoint, student.mesh, kd.kd_teacher_dtype, kd.kd_vocab_size)
+            with report.waiting("restoring the teacher"):
+                mesh, dtype = student.mesh, kd.kd_teacher_dtype
+                teacher = teacher_lib.load(teacher_config, checkpoint, mesh, dtype, kd.kd_vocab_size)
         manifest.keep(config, kd, teacher, student.checkpoint_manager)  # a resumed run goes on as it began
 
         # 4. Steps: compiled before the loop, so that step 0 costs what every step costs.
-        steps = compile_steps(config, kd, student, teacher)
+        with report.waiting("compiling"):
+            steps = compile_steps(config, kd, student, teacher)
         report.header(run, student, teacher)
         look = None  # at the teacher, on one batch: of evaluation or else the first of training
         if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.teacher_in_step:
@@ -90,79 +93,6 @@ def is_complete(config: Any) -> bool:
     return teacher_lib.committed_steps(epath.Path(config.checkpoint_dir))[-1:] == [config.steps - 1]
 
 
-@dataclasses.dataclass
-class Student:
-    """What upstream's set-up makes: the train state on its shards, and everything that feeds and saves it."""
-
-    graphdef: nnx.GraphDef
-    state: nnx.State
-    state_shardings: nnx.State
-    params_shardings: nnx.State
-    mesh: jax.sharding.Mesh
-    learning_rate_schedule: Callable
-    start_step: int
-    data_loader: Any
-    data_iterator: Any
-    rampup_manager: Any
-    eval_data_iterator: Any
-    checkpoint_manager: Any
-
-
-def set_up_student(config: Any, recorder: Any) -> Student:
-    """Builds or restores the student's train state and opens the data.
-
-    Raises:
-      ConfigError: upstream refuses the settings, the data or the checkpoint.
-    """
-    with refusals_as_config_errors(config):
-        upstream.train_utils.validate_train_config(config)
-        (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
-            upstream.train_utils.setup_train_loop(config, recorder)
-        )
-        start_step = upstream.pre_train.get_first_step(model, train_state)
-        upstream.train_utils.validate_completed_steps(start_step, config.steps)
-    graphdef, state = nnx.split(train_state)
-    params_shardings, shardings = upstream.sharding.maybe_update_params_sharding_with_opt(config, shardings)
-    return Student(
-        graphdef=graphdef,
-        # A restored state is not always on the shardings the step is compiled for: it would be compiled twice.
-        state=jax.tree.map(on_sharding, state, shardings),
-        state_shardings=shardings,
-        params_shardings=params_shardings,
-        mesh=mesh,
-        learning_rate_schedule=schedule,
-        start_step=start_step,
-        data_loader=loader,
-        data_iterator=iterator,
-        rampup_manager=rampup,
-        eval_data_iterator=eval_iterator,
-        checkpoint_manager=manager,
-    )
-
-
-def on_sharding(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The array laid out so; `jax.device_put` alone refuses random keys that lie on the devices of several hosts."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and not x.is_fully_addressable:
-        return jax.jit(lambda key: key, out_shardings=sharding)(x)
-    return jax.device_put(x, sharding)
-
-
-@contextlib.contextmanager
-def refusals_as_config_errors(config: Any) -> Iterator[None]:
-    """What upstream raises while it sets up a run is about the user's input; log_config=true shows its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
-        passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-        about = ""
-        if any(name.startswith("maxtext.input_pipeline") for name in passed):
-            about = f"{pyconfig.data_settings(config)}: "
-        elif str(getattr(error, "filename", "")).startswith(config.base_output_directory or "\0"):
-            about = f"base_output_directory={config.base_output_directory!r}: "
-        what = str(error) or type(error).__name__
-        raise pyconfig.ConfigError(f"{about}{what} (log_config=true shows where)") from error
-
-
 # Steps ----------------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +111,7 @@ class Steps:
     eval_data_sharding: Any
 
 
-def compile_steps(config: Any, kd: pyconfig.Distillation, student: Student, teacher: Any) -> Steps:
+def compile_steps(config: Any, kd: pyconfig.Distillation, student: "student_lib.Student", teacher: Any) -> Steps:
     """Jits the steps and compiles them."""
     rules, eval_rules = config.logical_axis_rules, config.logical_axis_rules_for_eval
     data = upstream.sharding.get_input_data_sharding(config, student.mesh, rules=rules)
@@ -211,7 +141,7 @@ Jitted = tuple[Any, tuple]  # a jitted step, and what it takes between the state
 
 
 def jit_steps(
-    config: Any, kd: pyconfig.Distillation, student: Student, teacher: Any, data: Any, eval_data: Any
+    config: Any, kd: pyconfig.Distillation, student: "student_lib.Student", teacher: Any, data: Any, eval_data: Any
 ) -> tuple[Jitted, Jitted]:
     """The steps for training and evaluation; which ones is decided here, once, and not in traced code.
 
@@ -244,7 +174,7 @@ def jit_steps(
     return train_step, evaluate
 
 
-def jit_train_step(models: "step.Models", student: Student, teacher: Any, data_sharding: Any) -> Any:
+def jit_train_step(models: "step.Models", student: "student_lib.Student", teacher: Any, data_sharding: Any) -> Any:
     return jax.jit(
         functools.partial(step.train_step, models, student.params_shardings),
         in_shardings=(student.state_shardings, teacher.shardings, data_sharding),
@@ -253,7 +183,7 @@ def jit_train_step(models: "step.Models", student: Student, teacher: Any, data_s
     )
 
 
-def jit_eval_step(models: "step.Models", student: Student, teacher: Any, data_sharding: Any) -> Any:
+def jit_eval_step(models: "step.Models", student: "student_lib.Student", teacher: Any, data_sharding: Any) -> Any:
     graphdef = upstream.pre_train.build_eval_graphdef(models.config, models.student, student.state)
     return jax.jit(
         functools.partial(step.eval_step, dataclasses.replace(models, student=graphdef or models.student)),
@@ -268,7 +198,7 @@ NO_TIME = datetime.timedelta(0)  # the logger takes the time of a step itself, w
 
 def train(
     config: Any,
-    student: Student,
+    student: "student_lib.Student",
     steps: Steps,
     logger: "metrics_lib.MetricLogger",
     recorder: Any,
@@ -335,7 +265,11 @@ def train(
 
 
 def save(
-    config: Any, student: Student, state: nnx.State, logger: "metrics_lib.MetricLogger", step_number: int | None = None
+    config: Any,
+    student: "student_lib.Student",
+    state: nnx.State,
+    logger: "metrics_lib.MetricLogger",
+    step_number: int | None = None,
 ) -> None:
     """Saves if a save is due, after the last step (None) if it was not.
 
@@ -362,7 +296,12 @@ def evaluation_is_due(config: Any, step_number: int) -> bool:
 
 
 def evaluate(
-    config: Any, student: Student, steps: Steps, state: nnx.State, logger: "metrics_lib.MetricLogger", step_number: int
+    config: Any,
+    student: "student_lib.Student",
+    steps: Steps,
+    state: nnx.State,
+    logger: "metrics_lib.MetricLogger",
+    step_number: int,
 ) -> None:
     """Hands the sums of every evaluation batch to the logger, which divides them once.
 
@@ -390,7 +329,7 @@ def evaluate(
 
 
 def command_line(argv: Sequence[str]) -> None:
-    """`main`, with what went wrong as one message at the end of the output; status 2 for bad input, else 1."""
+    """`main`, with what ended it early as one message at the end of the output; status 2 for bad input, else 1."""
     try:
         main(argv)
     except (pyconfig.ConfigError, failures.RunError) as error:
@@ -400,6 +339,8 @@ def command_line(argv: Sequence[str]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # At once: the threads of a reader or a writer that has failed may never end, and may go on complaining.
         os._exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on where the newest checkpoint stands")
 
 
 if __name__ == "__main__":

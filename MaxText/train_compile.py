@@ -31,6 +31,7 @@ from MaxText import pyconfig, upstream
 
 with epy.lazy_imports():
     from MaxText import report
+    from MaxText import student as student_lib
     from MaxText import teacher as teacher_lib
     from MaxText import train as train_lib
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         raise pyconfig.ConfigError("enable_diloco=True: its step is not train.py's; allowed is False")
 
     # 2. Student and teacher as shapes on the mesh of the topology.
-    with train_lib.refusals_as_config_errors(config):
+    with student_lib.refusals_as_config_errors(config):
         mesh = upstream.maxtext_utils.get_mesh_from_config(config, devices_of(config))
         student = abstract_student(config, mesh)
         teacher = teacher_lib.abstract(teacher_config, mesh, kd.kd_teacher_dtype) if kd.use_kd else None
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     # 3. The step.
     cost = Cost(chip_of(mesh), mesh.size, model_flops(config, teacher_config if kd.teacher_in_step else None))
     try:
-        cost.read(compile_step(config, trace(config, kd, student, teacher)))
+        with report.waiting("compiling"):
+            cost.read(compile_step(config, trace(config, kd, student, teacher)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -128,7 +130,7 @@ def devices_of(config: Any) -> list[Any]:
     return jax.devices()
 
 
-def abstract_student(config: Any, mesh: jax.sharding.Mesh) -> "train_lib.Student":
+def abstract_student(config: Any, mesh: jax.sharding.Mesh) -> "student_lib.Student":
     """train.py's student before its first step, without values, data and checkpoints."""
     graphdef, state, shardings = upstream.abstract_train_state(config, mesh)
     params_shardings, shardings = upstream.sharding.maybe_update_params_sharding_with_opt(config, shardings)
@@ -136,7 +138,7 @@ def abstract_student(config: Any, mesh: jax.sharding.Mesh) -> "train_lib.Student
     def placed(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return train_lib.Student(
+    return student_lib.Student(
         graphdef=graphdef,
         state=jax.tree.map(placed, state, shardings),
         state_shardings=shardings,
@@ -155,7 +157,7 @@ def abstract_student(config: Any, mesh: jax.sharding.Mesh) -> "train_lib.Student
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
-def trace(config: Any, kd: pyconfig.Distillation, student: "train_lib.Student", teacher: Any) -> Any:
+def trace(config: Any, kd: pyconfig.Distillation, student: "student_lib.Student", teacher: Any) -> Any:
     """The train step of train.py, traced: `.lower()` makes it a program for the mesh's platform.
 
     For another platform than the mesh's, as a check that it can be lowered: `.lower(lowering_platforms=("cuda",))`.
@@ -366,6 +368,8 @@ def command_line(argv: Sequence[str]) -> None:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     sys.exit(status)
 
 

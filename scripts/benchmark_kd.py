@@ -41,7 +41,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from MaxText import heads, pyconfig, step, teacher, train, train_compile, upstream
+from MaxText import heads, pyconfig, step, teacher, train_compile, upstream
+from MaxText import student as student_lib
 from MaxText.distill.blockwise import blockwise_kd
 from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, cross_entropy, kd_sums
 
@@ -305,7 +306,7 @@ def step_programs(options: argparse.Namespace, tokens: int, vocabulary: int, fol
     run = run_settings(options, tokens, vocabulary, folder, use_kd="true")
     config, rules = run.student, run.student.logical_axis_rules
     recorder = upstream.start_engine(config)
-    student = train.set_up_student(config, recorder)
+    student = student_lib.set_up(config, recorder)
     guide, dense_graph = random_teacher(pyconfig.teacher_config(run, config.scan_layers), student.mesh)
     batch = random_batch(config)
     shape = (tokens, vocabulary, options.width, 2 * options.width)
@@ -323,7 +324,7 @@ def step_programs(options: argparse.Namespace, tokens: int, vocabulary: int, fol
 
         return Program(analysed(row, compiled), call)
 
-    ce_student = train.set_up_student(plain.student, recorder)
+    ce_student = student_lib.set_up(plain.student, recorder)
     ce_row = Row("step", STEP_CE, *shape, flops=student_flops)
     yield updating(ce_row, train_compile.trace(plain.student, plain.kd, ce_student, None), ce_student.state)
 

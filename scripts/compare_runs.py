@@ -371,6 +371,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}")

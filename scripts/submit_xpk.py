@@ -274,3 +274,5 @@ if __name__ == "__main__":
     except pyconfig.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; `xpk workload list` tells whether it was submitted")

@@ -43,6 +43,7 @@ ENGINE = [
     "MaxText.metrics",
     "MaxText.report",
     "MaxText.step",
+    "MaxText.student",
     "MaxText.teacher",
 ]
 

@@ -8,6 +8,7 @@ import numpy as np
 from conftest import SMOKE
 
 from MaxText import heads, pyconfig, step, train, upstream
+from MaxText import student as student_lib
 from MaxText import teacher as teacher_lib
 
 
@@ -37,7 +38,7 @@ def make(folder: Any, teacher: str, **keys: Any) -> Lab:
     checkpoint = teacher_lib.find_checkpoint(run.kd.kd_teacher_parameters_path)
     config = pyconfig.teacher_config(run, checkpoint.scan_layers)
     recorder = upstream.start_engine(run.student)
-    student = train.set_up_student(run.student, recorder)
+    student = student_lib.set_up(run.student, recorder)
     return Lab(
         run, student, teacher_lib.load(config, checkpoint, student.mesh, run.kd.kd_teacher_dtype, run.kd.kd_vocab_size)
     )

@@ -94,15 +94,19 @@ def letters_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def letters_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_letters(folder: pathlib.Path) -> None:
     """A Hugging Face tokenizer whose tokens are letters."""
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<unk>", "<eos>", *LETTERS])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    path = tmp_path_factory.mktemp("tokenizer")
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def letters_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_letters(path)
     return str(path)
 
 

@@ -23,6 +23,7 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import heads, pyconfig, step, train, upstream
+from MaxText import student as student_lib
 from MaxText import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
@@ -122,7 +123,7 @@ class Specimen:
         keys |= {"base_output_directory": folder, "metrics_file": "", "enable_checkpointing": "false"}
         keys |= SHRUNK | family.keys
         run = pyconfig.initialize(["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())])
-        student = train.set_up_student(run.student, upstream.start_engine(run.student))
+        student = student_lib.set_up(run.student, upstream.start_engine(run.student))
         student.state = moved(student)
         self.saved = variables(nnx.merge(student.graphdef, student.state).model)
         upstream.checkpointing.save_params_to_path(str(saved), self.saved)
@@ -171,7 +172,7 @@ class Specimen:
         return rows
 
 
-def moved(student: train.Student) -> nnx.State:
+def moved(student: student_lib.Student) -> nnx.State:
     """The state with the model's variables off their initial values: scales of ones and biases of zeros hide errors."""
     random = np.random.default_rng(0)
     train_state = nnx.merge(student.graphdef, student.state, copy=True)

@@ -192,6 +192,16 @@ def test_a_terminated_run_saves_its_last_step_and_goes_on_as_if_nothing_had_been
     assert_equal(again, reference)
 
 
+def test_an_interrupted_run_says_so_in_one_line_and_goes_on_from_its_newest_checkpoint(whole_plain, plain, tmp_path):
+    keys = plain | {"checkpoint_period": PERIOD}
+    stopped = interrupted(tmp_path / "run", keys, signal.SIGINT, reaches(PERIOD + 5))
+    assert stopped.status == 1, stopped.output[-4000:]
+    assert stopped.output.endswith("interrupted; the same command goes on where the newest checkpoint stands\n")
+    assert "Traceback" not in stopped.output
+    assert checkpoints(stopped.folder)[-1] == PERIOD
+    assert_equal(succeed(stopped.folder, keys), whole_plain)
+
+
 # kill -9 --------------------------------------------------------------------------------------------------------------
 
 

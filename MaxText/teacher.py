@@ -157,7 +157,7 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
     def request(path: Path, leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
         target = leaf.get_value()
         kind = checkpoint.arrays[path][2]
-        if jax.numpy.issubdtype(kind, jax.numpy.floating):
+        if is_cast(leaf):
             kind = np.dtype(dtype or kind)
         return jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding)
 
@@ -197,11 +197,16 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
     _, shapes = created(config, mesh)
     graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
 
-    def held(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        kind = dtype if dtype and jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
+    for _, leaf in nnx.to_flat_state(stored):
+        x = leaf.get_value()
+        kind = dtype if dtype and is_cast(leaf) else x.dtype
+        leaf.set_value(jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding))
+    return assembled(config, graphdef, nnx.State.merge(stored, ephemeral), None)
 
-    return assembled(config, graphdef, nnx.State.merge(jax.tree.map(held, stored), ephemeral), None)
+
+def is_cast(leaf: nnx.Variable) -> bool:
+    """Whether kd_teacher_dtype is for it: biases of routers, which move by small steps, are no parameters."""
+    return isinstance(leaf, nnx.Param) and jax.numpy.issubdtype(leaf.get_value().dtype, jax.numpy.floating)
 
 
 # The logical axes that are as long as a model has attention heads.

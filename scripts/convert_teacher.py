@@ -180,7 +180,8 @@ def lazy_arrays(
         place, shape = wanted[key]
         names, hook = tables.names[key], tables.hooks.get(key)
         axes = stacked_axes(key, names, shape, config)
-        leaves[place] = Stacked(shape, jnp.dtype(dtype), names, axes, functools.partial(load, hook))
+        kind = jnp.dtype("float32" if key.startswith(hugging_face.BIASES) else dtype)  # biases move by small steps
+        leaves[place] = Stacked(shape, kind, names, axes, functools.partial(load, hook))
     return jax.tree_util.tree_leaves_with_path({"params": jax.tree.unflatten(treedef, leaves)})
 
 

@@ -25,6 +25,7 @@ import convert_teacher
 import hugging_face
 import jax
 import numpy as np
+import safetensors
 from etils import epath, epy
 from flax import nnx
 from rich.console import Console
@@ -104,7 +105,11 @@ def read(checkpoint: teacher.Checkpoint, place: teacher.Path) -> jax.Array:
     shape = next(shape for where, shape, _ in checkpoint.arrays.values() if where == place)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = nnx.traversals.unflatten_mapping({place: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)})
-    with upstream.checkpoint_context.build_context(partial_load=True):
+    with (
+        upstream.checkpoint_context.build_context(partial_load=True),
+        teacher.unreadable_as_config_error(f"--run: {checkpoint.root} cannot be read"),
+        upstream.quietly(),
+    ):
         tree = ocp.load(checkpoint.root, wanted, checkpointable_name="items")
     return nnx.traversals.flatten_mapping(tree)[place]
 
@@ -115,12 +120,14 @@ def tensors(
     """Name -> tensor of Hugging Face's model, by MaxText's conversion, those of one array after the other."""
     tables = hugging_face.tables(hf_config, config, saving=True)
     for key in hf_utils.validate_and_filter_param_map_keys(tables.names, places.keys()):
-        array = read(checkpoint, places[key])
-        if key.startswith(hugging_face.BIASES) and config.scan_layers:  # stacked in front, which theirs does not know
-            array = np.moveaxis(array, 0, config.param_scan_axis)
+        array, kind = read(checkpoint, places[key]), jax.numpy.dtype(dtype)
+        if key.startswith(hugging_face.BIASES):
+            kind = np.dtype(np.float32)  # as transformers has them
+            if config.scan_layers:  # stacked in front, which theirs does not know
+                array = np.moveaxis(array, 0, config.param_scan_axis)
         with upstream.silence():
             made = hf_utils.process_maxtext_param(key, array, tables.names, tables.hooks, tables.shapes, config)
-        yield {hugging_face.spellings(name)[-1]: value.astype(jax.numpy.dtype(dtype)) for name, value in made}
+        yield {hugging_face.spellings(name)[-1]: value.astype(kind) for name, value in made}
 
 
 def copy_tokenizer(path: str, folder: pathlib.Path) -> bool:
@@ -176,10 +183,13 @@ def main(argv: list[str]) -> None:
         copied = bool(tokenizer) and copy_tokenizer(tokenizer, unfinished)
         output.mkdir(exist_ok=True)
         unfinished.replace(output)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise failures.RunError(f"{output}: cannot be written ({failures.first_line(error)})") from error
     step = "" if checkpoint.step is None else f" of step {checkpoint.step}"
-    print(f"{hf_config.architectures[0]}, {count:,} parameters in {arguments.dtype}{step}: {output}")
+    length = hf_config.max_position_embeddings
+    print(
+        f"{hf_config.architectures[0]}, {count:,} parameters in {arguments.dtype}{step}, {length} positions: {output}"
+    )
     if not copied:
         print(f"without a tokenizer: {tokenizer or 'tokenizer_path'} is not here; --tokenizer names one")
 

@@ -43,6 +43,7 @@ WINDOWS = {
     "attn_logits_soft_cap": "attn_logit_softcapping",
     "final_logits_soft_cap": "final_logit_softcapping",
 }
+CAPS = ("attn_logits_soft_cap", "final_logits_soft_cap")
 SILU = {"hidden_act": "silu"}
 NO_WINDOW = {"sliding_window": None}
 LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -56,6 +57,7 @@ SHARED_EXPERTS = {
 }
 DEEPSEEK = SIZES | EPSILON | SHARED_EXPERTS | dict(zip(LATENTS, LATENTS, strict=True))
 GROUPS = {"n_routing_groups": "n_group", "topk_routing_group": "topk_group"}
+NO_OTHER_DEEPSEEK = {"use_indexer": False, "engram_layers": [], "mhc_expansion_rate": 1}
 DEEPSEEK_BUILT_IN = SILU | {"attention_bias": False, "rms_norm_eps": 1e-6}  # norms of latents have no other
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
          "use_bidirectional_attention": False}  # fmt: skip
@@ -72,6 +74,7 @@ class Family:
       built_in: attribute -> the one value that MaxText's decoder can have.
       pattern: after how many layers with a sliding window a global one follows; 0 = no layer has a window.
       own: MaxText's keys that make its decoder this one rather than another architecture.
+      names: how a preset's name must begin, where MaxText goes by it.
     """
 
     decoder_block: str
@@ -80,6 +83,7 @@ class Family:
     built_in: dict[str, Any]
     pattern: int = 0
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ("",)
 
     @property
     def is_latent(self) -> bool:
@@ -123,14 +127,16 @@ FAMILIES = {
         "deepseek2-16b",
         DEEPSEEK,
         DEEPSEEK_BUILT_IN | {"topk_method": "greedy", "norm_topk_prob": False, "mlp_bias": False},
-        own={"routed_score_func": "softmax", "routed_bias": False, "use_indexer": False},
+        own={"routed_score_func": "softmax", "routed_bias": False} | NO_OTHER_DEEPSEEK,
+        names=("deepseek2",),
     ),
     "deepseek_v3": Family(
         "deepseek",
         "deepseek3-671b",
         DEEPSEEK | GROUPS,
         DEEPSEEK_BUILT_IN | {"norm_topk_prob": True, "rope_interleave": True},
-        own={"routed_score_func": "sigmoid", "routed_bias": True, "use_indexer": False},
+        own={"routed_score_func": "sigmoid", "routed_bias": True} | NO_OTHER_DEEPSEEK,
+        names=("deepseek3", "kimi-k2"),  # by which MaxText chooses experts, and keeps biases apart
     ),
     "gemma2": Family("gemma2", "gemma2-2b", SIZES | WINDOWS, GEMMA, pattern=1),
     "gemma3_text": Family("gemma3", "gemma3-4b", SIZES | WINDOWS, GEMMA, pattern=5),
@@ -234,13 +240,13 @@ def yarn(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[s
     keys = {"rope_type": "yarn", "rope_interleave": True, "rope_max_timescale": int(given["rope_theta"])}
     if given.get("rope_type", "default") == "default":
         return keys | {"rope_factor": 1}
-    values = {key: given.get(name, default) for key, (name, default) in YARN.items()}
+    values = {key: given.get(name) or default for key, (name, default) in YARN.items()}
     whole = {key: value if key == "mscale" else int(value) for key, value in values.items()}
     length = config.max_position_embeddings
     if (
         given["rope_type"] == "yarn"
         and whole == values
-        and given.get("mscale", 0) == given.get("mscale_all_dim") != 0
+        and (given.get("mscale") or 0) == (given.get("mscale_all_dim") or 0) != 0
         and given.get("truncate", True)
         and given.get("attention_factor") is None
         and given.get("partial_rotary_factor", 1) == 1
@@ -265,22 +271,21 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
       ConfigError: Hugging Face has no such architecture, or not with these settings.
     """
     block = config.decoder_block.value
-    model_type = next(
-        (
-            name
-            for name, family in FAMILIES.items()
-            if family.decoder_block == block and all(held(config, key) == value for key, value in family.own.items())
-        ),
-        None,
-    )
-    if model_type is None:
+    of_block = {name: family for name, family in FAMILIES.items() if family.decoder_block == block}
+    if not of_block:
         blocks = ", ".join(dict.fromkeys(family.decoder_block for family in FAMILIES.values()))
         raise pyconfig.ConfigError(f"decoder_block={block}: not supported; supported are {blocks}")
-    family = FAMILIES[model_type]
+    model_type = next((name for name in of_block if config.model_name.startswith(of_block[name].names)), None)
+    if model_type is None:
+        names = " or ".join(start for family in of_block.values() for start in family.names)
+        raise pyconfig.ConfigError(f"model_name={config.model_name}: MaxText's {block} presets begin with {names}")
+    family = of_block[model_type]
     settings: dict[str, Any] = {name: held(config, key) for key, name in family.keys.items()}
     settings |= family.built_in
     settings["max_position_embeddings"] = config.max_target_length
     settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config.rope_max_timescale)}
+    if model_type == "deepseek_v3":
+        settings["num_mtp_layers"] = 0  # they stay behind
     if family.is_latent:
         settings["q_lora_rank"] = settings["q_lora_rank"] or None
         settings |= {name: 1 for key, name in GROUPS.items() if settings.get(name) == -1}
@@ -318,12 +323,14 @@ def held(config: Any, key: str) -> Any:
 
 def check_same(config: Any, settings: dict[str, Any]) -> None:
     """Whatever of the model config.json has no word for would be lost without a word."""
+    activation = "gelu" if config.decoder_block.value.startswith("gemma") else "silu"
+    settings = dict.fromkeys(CAPS, 0) | {"mlp_activations": [activation, "linear"]} | settings
     for key, value in settings.items():
         own = held(config, key)
         own = getattr(own, "value", own)
         if key == "rope_type" and interleaved(config):  # llama3.1 without its scaling is plain
             continue
-        if (own or 0) != value:
+        if (own or 0) != (value or 0):
             raise pyconfig.ConfigError(f"{key}={own!r}: Hugging Face's model of this kind has {value!r}")
 
 
@@ -362,6 +369,8 @@ def candidates(config: transformers.PreTrainedConfig) -> dict[str, dict[str, Any
         name: overrides(name, settings)
         for name, preset in presets().items()
         if preset["decoder_block"] == family.decoder_block
+        and name.startswith(family.names)
+        and all(preset[key] == value for key, value in family.own.items())
         and not preset["use_batch_split_schedule"]  # another schedule of a model that has a preset
         and has_scalar(name, config, family)
     }

@@ -311,7 +311,9 @@ def refusals(path: Path, entry: dict[str, Any]) -> Iterator[None]:
     """A file that is damaged as a whole: what cannot be unpacked cannot be told line by line."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, pyarrow.ArrowInvalid) as error:
+    except (EOFError, OSError, zlib.error, pyarrow.ArrowInvalid) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the file's
+            raise
         raise InputError(f"{path}: damaged or cut off after {entry['documents']} documents: {error}") from error
 
 

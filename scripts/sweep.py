@@ -131,8 +131,9 @@ def check(path: Path, runs: list[Run]) -> None:
         try:
             pyconfig.check_keys(run.settings, schema)
             pyconfig.check_kd(run.settings)
-            if run.settings["eval_interval"] <= 0:
-                raise pyconfig.ConfigError(f"eval_interval={run.settings['eval_interval']}: evaluations are compared")
+            for key, why in (("steps", "whole numbers from 1 on"), ("eval_interval", "evaluations are compared")):
+                if not isinstance(run.settings[key], int) or run.settings[key] <= 0:
+                    raise pyconfig.ConfigError(f"{key}={run.settings[key]}: {why}")
             if names.count(run.name) > 1:
                 raise pyconfig.ConfigError("two points or seeds have one name")
         except pyconfig.ConfigError as error:
@@ -160,11 +161,13 @@ def last_evaluation(run: Run, out: Path) -> dict[str, Any] | None:
 
 def claim(run: Run, out: Path) -> None:
     """Notes in the run's folder what is run there, and refuses a folder where something else was."""
-    path, wanted = ROOT / out / run.name / "sweep.json", {"config": run.config, "keys": run.keys}
-    if path.exists() and json.loads(path.read_text()) != wanted:
+    path, wanted = ROOT / out / run.name / "sweep.json", json.dumps(run.settings, indent=2, sort_keys=True) + "\n"
+    if path.exists() and path.read_text() != wanted:
         raise pyconfig.ConfigError(f"{path.parent}: holds a run with other settings: remove it, or set --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(wanted)
+    unfinished.replace(path)
 
 
 def train(run: Run, out: Path) -> str:
@@ -222,7 +225,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    runs = select(load(args.sweep, args.overrides), args.only)
+    every = load(args.sweep, args.overrides)
+    runs = select(every, args.only)
     if args.xpk is not None or args.dry_run:
         for run in runs:
             print(shlex.join(run.command(args.out) if args.xpk is None else run.submission(args.xpk)))
@@ -236,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in track(left, console=console, transient=True, disable=not console.is_terminal):
         console.print(f"{run.name}  $ {shlex.join(run.command(args.out))}", markup=False)
         failures += filter(None, [train(run, args.out)])
-    points = results(runs, args.out)
-    console.print(table(points))
+    console.print(table(results(runs, args.out)))
+    points = results(every, args.out)
     with (ROOT / args.out / "results.md").open("w") as file:
         Console(file=file, width=200).print(table(points))
     plot_sweep.plot(points, COLUMNS, ROOT / args.out / "results.png")

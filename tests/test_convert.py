@@ -179,6 +179,22 @@ def test_bfloat16_is_the_float32_checkpoint_rounded_once(base, teachers):
     assert_equal(arrays(base / "half"), jax.tree.map(lambda x: np.asarray(x).astype(jax.numpy.bfloat16), whole))
 
 
+@pytest.mark.slow
+def test_biases_of_routers_stay_in_float32(base, teachers):
+    convert(
+        teachers("deepseek3").with_name("deepseek3_hf"),
+        base / "experts_half",
+        PRESETS["deepseek3"],
+        "--dtype",
+        "bfloat16",
+    )
+    tree = ocp.load(base / "experts_half/0", checkpointable_name="items")["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree["params"])} == {np.dtype(jax.numpy.bfloat16)}
+    (biases,) = jax.tree.leaves(tree["MoEBiasVar"])
+    names = [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)]
+    np.testing.assert_array_equal(biases, [golden.weight(name, (8,), False) for name in names])
+
+
 def test_the_language_model_of_a_model_that_sees_is_found(base, teachers):
     """As gemma-3-4b is published: the text's configuration within, its tensors under language_model.model."""
     seeing = base / "seeing_hf"
@@ -262,6 +278,16 @@ def test_a_configuration_comes_back_from_maxtexts_keys(name):
     preset, changed = hugging_face.choose(config, PRESETS[name])
     made = hugging_face.configuration(convert_teacher.maxtext_config(preset, changed, True))
     assert hugging_face.architecture(made) == hugging_face.architecture(config)
+
+
+def test_presets_by_whose_names_maxtext_routes_otherwise_are_no_candidates():
+    """A DeepSeek V3 smaller than any preset; of those with its decoder block some are other architectures."""
+    config = transformers.AutoConfig.for_model(**golden.read("deepseek3")[0])
+    found = hugging_face.candidates(config)
+    assert found and all(name.startswith(("deepseek3-", "kimi-k2-")) for name in found)
+    assert not {"routed_bias", "use_indexer", "engram_layers"}.intersection(*found.values())
+    with pytest.raises(pyconfig.ConfigError, match="'deepseek2-16b': is no deepseek_v3; presets of this family are"):
+        hugging_face.choose(config, "deepseek2-16b")
 
 
 def test_a_plain_llama_fits_a_preset_of_scaled_ones_with_the_scaling_off():
@@ -503,6 +529,30 @@ def test_a_model_that_is_nowhere_is_one_message_and_status_2(hf, words, tmp_path
     assert result.status == 2 and "Traceback" not in result.output
     message = next(line for line in result.output.splitlines() if line.startswith("error: "))
     assert f"--hf '{hf}'" in message and all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changed", "words"),
+    [
+        ("tiny-llama", {"final_logits_soft_cap": 30.0}, "final_logits_soft_cap=30.0: Hugging Face's"),
+        ("tiny-llama", {"mlp_activations": ["gelu", "linear"]}, "mlp_activations="),
+        (
+            "tiny-qwen3",
+            {"normalization_layer_epsilon": 1e-5, "attn_logits_soft_cap": 50.0},
+            "attn_logits_soft_cap=50.0",
+        ),
+        ("deepseek3-mini", {"routed_bias": False}, "routed_bias=False"),
+        (
+            "deepseek3-mini",
+            {"rope_type": "default"},
+            "rope_type='default': Hugging Face's model of this kind has 'yarn'",
+        ),
+    ],
+    ids=str,
+)
+def test_what_no_config_json_can_say_is_refused(preset, changed, words):
+    with pytest.raises(pyconfig.ConfigError, match=words):
+        hugging_face.configuration(convert_teacher.maxtext_config(preset, changed, True))
 
 
 def test_an_export_of_other_settings_is_refused(teachers, tmp_path):

@@ -191,6 +191,19 @@ def test_grain_packs_texts_into_rows(student, grain_keys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
+def test_grain_reads_with_worker_processes_what_it_reads_without(student, grain_keys, packing) -> None:
+    keys = grain_keys | {"packing": packing, "eval_interval": 1}
+    alone, worked = (
+        student(f"grain_{packing}_{n}", **keys | {"grain_worker_count": n, "grain_worker_count_eval": n})
+        for n in (0, 1)
+    )
+    assert counted(worked) == counted(alone)
+    assert worked.column("learning/kd_loss") == alone.column("learning/kd_loss")
+    assert evaluated(worked) == evaluated(alone)
+
+
+@pytest.mark.slow
 def test_grain_cuts_long_texts_into_several_rows_if_asked(student, grain_keys) -> None:
     result = student("grain_chunks", packing=False, use_truncation=False, **grain_keys)
     lengths = with_marks(in_file_order(grain_keys["grain_train_files"]))

@@ -248,6 +248,11 @@ def make_inputs() -> None:
     Path("plain.jsonl.gz").write_text("x")
     pyarrow.parquet.write_table(pyarrow.table({"n": [1], "body": ["x"]}), "other.parquet")
     Path("cut.parquet").write_bytes(Path("other.parquet").read_bytes()[:-10])
+    long = " ".join(TEXTS)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [long[i:] for i in range(50)]}), "rotten.parquet")
+    rotten = bytearray(Path("rotten.parquet").read_bytes())
+    rotten[len(rotten) // 3 : len(rotten) // 3 + 200] = b"\xff" * 200
+    Path("rotten.parquet").write_bytes(rotten)
     Path("theirs").mkdir()
     Path("theirs/train-00000-of-00001.arrayrecord").write_text("precious")
 
@@ -261,7 +266,7 @@ def make_inputs() -> None:
     ("few.jsonl --eval-fraction 0.000001", "none of 3 documents is held out"),
     ("few.jsonl --eval-fraction 0 --shards 9", "--shards 9: 3 documents leave"),
     ("cut.jsonl.gz", "cut.jsonl.gz: damaged or cut off after "), ("plain.jsonl.gz", "plain.jsonl.gz: damaged"),
-    ("cut.parquet", "cut.parquet: damaged"),
+    ("cut.parquet", "cut.parquet: damaged"), ("rotten.parquet", "rotten.parquet: damaged"),
     ("other.parquet", "--text-key text: other.parquet has no such column; it has n, body"),
     ("other.parquet --text-key n", "--text-key n: in other.parquet this column is int64"),
     ("good.jsonl --out theirs", "--out theirs: holds shards of another origin"),

@@ -77,10 +77,13 @@ def test_router_biases_come_back_although_they_are_no_parameters(train, teacher,
         parts = 0.5 * row["learning/ce_loss"] + 0.5 * row["learning/kd_loss"] + row["learning/moe_lb_loss"]
         assert row["learning/loss"] == pytest.approx(parts, rel=1e-5)
     checkpoints = moe.folder / "checkpoints"
-    lab = lab_lib.make(tmp_path, str(checkpoints), **experts, kd_teacher_model_name="deepseek3-mini")
-    restored = {
-        path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(lab.teacher.state) if "bias" in path
+    held = {"kd_teacher_model_name": "deepseek3-mini", "kd_teacher_dtype": "bfloat16"}
+    lab = lab_lib.make(tmp_path, str(checkpoints), **experts, **held)
+    leaves = nnx.to_flat_state(lab.teacher.state)
+    assert {leaf.get_value().dtype for _, leaf in leaves if isinstance(leaf, nnx.Param)} == {
+        np.dtype(jax.numpy.bfloat16)
     }
+    restored = {path: np.asarray(leaf.get_value()) for path, leaf in leaves if "bias" in path}
     stored = nnx.traversals.flatten_mapping(
         ocp.load(checkpoints / "5", checkpointable_name="items")["nnx_aux"]["model"]
     )
@@ -88,4 +91,4 @@ def test_router_biases_come_back_although_they_are_no_parameters(train, teacher,
     assert len(biases) == (1 if scan_layers == "true" else 2)
     for path, value in biases.items():
         assert np.any(value) and np.max(np.abs(value)) <= 6 * 0.0101  # six steps of the update rate at most
-        np.testing.assert_array_equal(restored[path], value)
+        np.testing.assert_array_equal(restored[path], value)  # in float32, whatever parameters are held in

@@ -119,6 +119,8 @@ def rows(name: str) -> np.ndarray:
 def weight(name: str, shape: tuple[int, ...], gemma: bool) -> np.ndarray:
     """The tensor `name`: random, of a size that keeps activations near one, rounded to bfloat16."""
     value = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("e_score_correction_bias"):
+        return (0.3 * value).astype(np.float32)  # in float32, as models are published
     if name.endswith("norm.weight"):
         value = 0.2 * value + (not gemma)  # Gemma adds the one itself
     elif name.endswith("bias"):

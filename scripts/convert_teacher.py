@@ -49,7 +49,7 @@ NEUTRAL = {
     "run_name": "conversion", "base_output_directory": "", "metrics_file": "", "dataset_type": "synthetic",
     "hardware": "cpu", "skip_jax_distributed_system": True, "enable_checkpointing": False, "attention": "dot_product",
     "override_model_config": True, "sparse_matmul": False, "megablox": False, "jax_cache_dir": "", "log_config": False,
-    "quantization": "", "mtp_num_layers": 0,
+    "quantization": "", "mtp_num_layers": 0, "eval_interval": -1,
 }  # fmt: skip
 BATCH = 1 << 28  # bytes of small arrays that are written at once
 PARTIAL = "unfinished.partial_save"  # how Orbax calls the unfinished checkpoint, and each write in it begins

@@ -15,6 +15,7 @@ import os
 import pathlib
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -76,6 +77,7 @@ def run_here(program: list[str], arguments: list[str], output: str, variables: d
     os.dup2(descriptor, 2)
     os.environ.update(variables)
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     sys.argv = [program[-1], *arguments]
     try:
         if program[0] == "-m":

@@ -92,7 +92,7 @@ def test_a_recipes_step_can_be_lowered(recipe):
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed (bash setup.sh tpu)")
-@pytest.mark.parametrize("recipe", ("qwen3-4b-to-0.6b.yml", "deepseek2-16b-to-1b-mtp.yml"))
+@pytest.mark.parametrize("recipe", ("qwen3-4b-to-0.6b.yml", "qwen3-1.7b-recovery.yml"))
 def test_a_recipe_fits_as_it_says(recipe, tmp_path):
     file = tmp_path / "metrics.jsonl"
     arguments = [f"configs/{recipe}", f"compile_topology={topology(recipe)}", f"metrics_file={file}"]

@@ -109,7 +109,9 @@ def label_of(runs: Sequence[Run]) -> str:
     columns = itertools.takewhile(
         lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False)
     )
-    shared = "".join(letters[0] for letters in columns).rstrip("_-. ") or runs[0].name
+    shared = (
+        "".join(letters[0] for letters in columns).rstrip("_-. ").removesuffix("seed").rstrip("_-. ") or runs[0].name
+    )
     return f"{shared} ({len(runs)} runs)"
 
 
@@ -345,7 +347,9 @@ def compare(paths: Sequence[Path]) -> Report:
     groups = group(runs)
     per_device = any(run.devices is None for run in runs)
     return Report(
-        title=" · ".join(each.label for each in groups),
+        title=" · ".join(each.label for each in groups)
+        if len(groups) < 5
+        else f"{len(runs)} runs of {len(groups)} settings",
         notes=[*notes_on(runs, groups), *warnings],
         tables=[table for table in (results(groups, per_device), differences(groups)) if table.rows],
         charts=charts_of(groups, per_device),

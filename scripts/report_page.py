@@ -8,6 +8,7 @@ import dataclasses
 import html
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ COLORS = ("#2f7ed8", "#d1495b", "#2a9d5c", "#b8860b", "#8e6fc9", "#d1679a", "#2f
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 STYLES = [(color, dash) for dash, color in itertools.product(DASHES, COLORS)]
 REFERENCE = "#9a7b4f"
+MOST_INSIDE = 6  # curves that a legend among them may name
 INK = "#1f2328"  # of axes and text in a PNG file; in the page it gives way to the page's own
 
 
@@ -83,7 +85,8 @@ def draw(chart: Chart) -> Figure:
     colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     inked: Any = dict.fromkeys(colored, INK)
     with matplotlib.rc_context(inked):
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        below = math.ceil(len(chart.lines) / 2) if len(chart.lines) > MOST_INSIDE else 0  # rows of the legend
+        figure = Figure(figsize=(7, 4 + 0.2 * below), layout="constrained")
         axes = figure.subplots()
         for line in chart.lines:
             color, dash = line.style
@@ -101,7 +104,10 @@ def draw(chart: Chart) -> Figure:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        if below:  # inside it would hide the curves
+            figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+        else:
+            axes.legend(frameon=False)
     return figure
 
 

@@ -272,6 +272,16 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve_with_its_spread(record
     assert row["CE"] == f"{sum(last) / 3:.4f} ({min(last):.4f} to {max(last):.4f})"
 
 
+@pytest.mark.parametrize("count", [2, 9])
+def test_a_legend_never_hides_many_curves(count: int) -> None:
+    lines = [
+        report_page.Line(f"run {i}", report_page.STYLES[i], [0, 1], [0.0, i], [0.0, i], [0.0, i]) for i in range(count)
+    ]
+    figure = report_page.draw(report_page.Chart("ce", "CE", "", "steps", "nats", lines))
+    outside = bool(figure.legends)
+    assert outside == (figure.axes[0].get_legend() is None) == (count > report_page.MOST_INSIDE)
+
+
 @pytest.mark.parametrize("difference", [{"kd_alpha": "1.0"}, {"learning_rate": "0.002"}, {"num_target_devices": "8"}])
 def test_runs_that_differ_in_anything_else_are_curves_of_their_own(
     record: Callable[..., Path], difference: dict[str, str]

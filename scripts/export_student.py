@@ -124,7 +124,7 @@ def tensors(
         if key.startswith(hugging_face.BIASES):
             kind = np.dtype(np.float32)  # as transformers has them
             if config.scan_layers:  # stacked in front, which theirs does not know
-                array = np.moveaxis(array, 0, config.param_scan_axis)
+                array = jax.numpy.moveaxis(array, 0, config.param_scan_axis)
         with upstream.silence():
             made = hf_utils.process_maxtext_param(key, array, tables.names, tables.hooks, tables.shapes, config)
         yield {hugging_face.spellings(name)[-1]: value.astype(kind) for name, value in made}

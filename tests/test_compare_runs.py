@@ -278,8 +278,7 @@ def test_a_legend_never_hides_many_curves(count: int) -> None:
         report_page.Line(f"run {i}", report_page.STYLES[i], [0, 1], [0.0, i], [0.0, i], [0.0, i]) for i in range(count)
     ]
     figure = report_page.draw(report_page.Chart("ce", "CE", "", "steps", "nats", lines))
-    outside = bool(figure.legends)
-    assert outside == (figure.axes[0].get_legend() is None) == (count > report_page.MOST_INSIDE)
+    assert bool(figure.legends) == (figure.axes[0].get_legend() is None) == (count == 9)
 
 
 @pytest.mark.parametrize("difference", [{"kd_alpha": "1.0"}, {"learning_rate": "0.002"}, {"num_target_devices": "8"}])

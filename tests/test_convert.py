@@ -280,9 +280,11 @@ def test_a_configuration_comes_back_from_maxtexts_keys(name):
     assert hugging_face.architecture(made) == hugging_face.architecture(config)
 
 
-def test_presets_by_whose_names_maxtext_routes_otherwise_are_no_candidates():
+def test_presets_by_whose_names_maxtext_routes_otherwise_are_no_candidates(monkeypatch):
     """A DeepSeek V3 smaller than any preset; of those with its decoder block some are other architectures."""
     config = transformers.AutoConfig.for_model(**golden.read("deepseek3")[0])
+    added = hugging_face.presets() | {"moonlight-16b": hugging_face.presets()["deepseek3-671b"]}
+    monkeypatch.setattr(hugging_face, "presets", lambda: added)
     found = hugging_face.candidates(config)
     assert found and all(name.startswith(("deepseek3-", "kimi-k2-")) for name in found)
     assert not {"routed_bias", "use_indexer", "engram_layers"}.intersection(*found.values())

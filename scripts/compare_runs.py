@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -109,9 +110,7 @@ def label_of(runs: Sequence[Run]) -> str:
     columns = itertools.takewhile(
         lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False)
     )
-    shared = (
-        "".join(letters[0] for letters in columns).rstrip("_-. ").removesuffix("seed").rstrip("_-. ") or runs[0].name
-    )
+    shared = re.sub(r"[-_. ]*(seed[-_. ]*)?$", "", "".join(letters[0] for letters in columns)) or runs[0].name
     return f"{shared} ({len(runs)} runs)"
 
 

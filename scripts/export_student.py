@@ -46,7 +46,6 @@ def student_config(settings: list[str], model_name: str, checkpoint: teacher.Che
     fixed = {key: field.default for group in groups for key, field in group.model_fields.items()}
     fixed |= convert_teacher.NEUTRAL | {
         "use_kd": False,
-        "load_parameters_path": checkpoint.root / "items",
         "weight_dtype": "float32",
         "scan_layers": checkpoint.scan_layers,
     }
@@ -71,7 +70,10 @@ def find_student(run: str) -> teacher.Checkpoint:
     return found
 
 
-def stored_arrays(run: str, config: Any, checkpoint: teacher.Checkpoint) -> dict[str, teacher.Path]:
+Place = tuple[teacher.Path, tuple[int, ...]]  # where an array lies in the checkpoint, and its shape
+
+
+def stored_arrays(run: str, config: Any, checkpoint: teacher.Checkpoint) -> dict[str, Place]:
     """Name of each of the model's arrays, as conversion calls it -> where it lies in the checkpoint.
 
     Raises:
@@ -97,25 +99,25 @@ def stored_arrays(run: str, config: Any, checkpoint: teacher.Checkpoint) -> dict
             f"--run {run!r}: does not hold a {config.model_name} of these settings:\n{listed}\n"
             "Give the settings that it was trained with, as the training command had them."
         )
-    return {name: stored[place][0] for place, (name, _) in places.items()}
+    return {name: stored[place] for place, (name, _) in places.items()}
 
 
-def read(checkpoint: teacher.Checkpoint, place: teacher.Path) -> jax.Array:
+def read(checkpoint: teacher.Checkpoint, place: Place) -> jax.Array:
     """One array, in float32: transformations multiply and add; rounded once, when written."""
-    shape = next(shape for where, shape, _ in checkpoint.arrays.values() if where == place)
+    where, shape = place
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = nnx.traversals.unflatten_mapping({place: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)})
+    wanted = nnx.traversals.unflatten_mapping({where: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)})
     with (
         upstream.checkpoint_context.build_context(partial_load=True),
         teacher.unreadable_as_config_error(f"--run: {checkpoint.root} cannot be read"),
         upstream.quietly(),
     ):
         tree = ocp.load(checkpoint.root, wanted, checkpointable_name="items")
-    return nnx.traversals.flatten_mapping(tree)[place]
+    return nnx.traversals.flatten_mapping(tree)[where]
 
 
 def tensors(
-    config: Any, hf_config: Any, checkpoint: teacher.Checkpoint, places: dict[str, teacher.Path], dtype: str
+    config: Any, hf_config: Any, checkpoint: teacher.Checkpoint, places: dict[str, Place], dtype: str
 ) -> Iterator[dict[str, np.ndarray]]:
     """Name -> tensor of Hugging Face's model, by MaxText's conversion, those of one array after the other."""
     tables = hugging_face.tables(hf_config, config, saving=True)

@@ -256,7 +256,7 @@ def test_a_run_named_twice_is_refused(record: Callable[..., Path], capsys: pytes
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_curve_with_its_spread(record: Callable[..., Path]) -> None:
-    biases = {"kd_0": 0.0, "kd_1": 0.3, "kd_2": -0.6}
+    biases = {"kd-seed0": 0.0, "kd-seed1": 0.3, "kd-seed2": -0.6}
     folders = [
         record(name, rows_of(name, bias), init_weights_seed=name[-1], metrics_file=f"{name}/metrics.jsonl")
         for name, bias in biases.items()

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
+import types
 from typing import Any
 
 import jax
@@ -351,6 +352,7 @@ def test_biases_of_routers_which_are_no_parameters_are_exported_too(train, base)
         np.testing.assert_array_equal(exported[name], biases[layer])
     made = transformers.AutoConfig.from_pretrained(base / "experts")
     assert (made.model_type, made.rope_parameters["rope_type"], made.n_group) == ("deepseek_v3", "default", 1)
+    assert made.num_mtp_layers == 0
 
 
 # As a user types it ---------------------------------------------------------------------------------------------------
@@ -556,6 +558,12 @@ def test_a_model_that_is_nowhere_is_one_message_and_status_2(hf, words, tmp_path
 def test_what_no_config_json_can_say_is_refused(preset, changed, words):
     with pytest.raises(pyconfig.ConfigError, match=words):
         hugging_face.configuration(convert_teacher.maxtext_config(preset, changed, True))
+
+
+def test_a_student_whose_preset_maxtext_knows_by_another_name_is_refused():
+    config = types.SimpleNamespace(decoder_block=types.SimpleNamespace(value="deepseek"), model_name="mine")
+    with pytest.raises(pyconfig.ConfigError, match=r"model_name=mine: .* begin with deepseek2 or deepseek3 or kimi-k2"):
+        hugging_face.configuration(config)
 
 
 def test_an_export_of_other_settings_is_refused(teachers, tmp_path):

@@ -149,4 +149,4 @@ def test_make_targets_set_up_a_missing_environment_first(target, tmp_path):
 
 def test_make_alone_lists_every_target():
     targets = [line.split()[0] for line in make(cwd=ROOT).splitlines()]
-    assert targets == ["help", "demo", "test", "test-slow", "check", "bench", "fit", "clean"]
+    assert targets == ["help", "demo", "check", "test-fast", "test", "test-slow", "bench", "fit", "clean"]

@@ -47,7 +47,7 @@ GEMMA3 = {  # six layers make a cycle, two remain
     "rope_local_base_freq": 10000.0,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
-# One dense layer before experts; positions scaled by so much that few of them show it.
+# One dense layer before experts. No number of YaRN's is that of MaxText's presets.
 DEEPSEEK = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 40,
@@ -60,8 +60,8 @@ DEEPSEEK = {
     "qk_rope_head_dim": 8,
     "head_dim": 8,
     "v_head_dim": 16,
-    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0,
-                        "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 16},
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 24.0, "beta_fast": 8.0, "beta_slow": 2.0,
+                        "mscale": 0.9, "mscale_all_dim": 0.9, "original_max_position_embeddings": 64},
 }  # fmt: skip
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

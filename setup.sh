@@ -10,6 +10,10 @@ platform=${1:-cpu}
 case $platform in
   cpu) requirements=requirements.txt ;;
   tpu | gpu) requirements=requirements-$platform.txt ;;
+  -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' setup.sh
+    exit
+    ;;
   *) fail 2 "unknown platform '$platform': allowed are cpu, tpu and gpu" ;;
 esac
 

@@ -160,6 +160,8 @@ def initialize(argv: list[str]) -> Run:
       ConfigError: on any input that cannot be trained on.
     """
     arguments = list(argv[1:])
+    if not arguments:
+        raise ConfigError(f"nothing to train: python {argv[0]} <config>.yml key=value ...")
     path = arguments.pop(0) if arguments and arguments[0].endswith((".yml", ".yaml")) else str(CONFIGS / "base.yml")
     malformed = [a for a in arguments if "=" not in a]
     if malformed:
@@ -407,6 +409,12 @@ def resolve(
     except pydantic.ValidationError as error:
         raise ConfigError(who + describe(error)) from None
     except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
+        if upstream.is_about_the_cluster(error):
+            raise ConfigError(
+                f"hardware, skip_jax_distributed_system: found no cluster to join ({error}). One machine without TPUs "
+                "is hardware=cpu skip_jax_distributed_system=true or hardware=gpu; of several, each must be told of "
+                "the others (README_ORIGINAL.md)."
+            ) from error
         raise ConfigError(f"{who}{error}") from None
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -77,6 +78,12 @@ def resolve_config(
     with mock.patch.object(pyconfig, "_load_config", lambda _: base.copy()):
         resolved = pyconfig._initialize_pydantic(["", anchor, *arguments], config_class=config_class, **overrides)
     return pyconfig.HyperParameters(resolved)
+
+
+def is_about_the_cluster(error: Exception) -> bool:
+    """Whether `error` was raised where `resolve_config` joins the other hosts."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code.co_name == "maybe_initialize_jax_distributed_system" for frame in frames)
 
 
 def with_vocab_tiling(config: Any) -> Any:

@@ -10,6 +10,7 @@ that shares a passage with training (licences, copied classes). Left out on purp
 them), generated tables, and lines longer than a row.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -162,5 +163,16 @@ def build(folder: Path, root: Path = STANDARD_LIBRARY) -> dict[str, Any]:
     return manifest
 
 
+def main() -> None:
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=raw)
+    parser.add_argument("folder", nargs="?", type=Path, default="runs/demo/corpus", help="default: %(default)s")
+    print(json.dumps(build(parser.parse_args().folder), indent=2))
+
+
 if __name__ == "__main__":
-    print(json.dumps(build(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/corpus")), indent=2))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command begins again")

@@ -7,6 +7,7 @@ and demo.png at the end. Each run is one `python MaxText/train.py ...` command, 
 keeps the runs whose settings, corpus and trainer are unchanged and goes on with the one that was interrupted.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -188,6 +189,9 @@ def table(title: str, results: dict[str, dict[str, float]], runs: tuple[Run, ...
 
 
 def main() -> None:
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=first, epilog=rest, formatter_class=raw).parse_args()
     console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
     console.print("corpus: the standard library of this Python, split by file")
     corpus = build_corpus.build(OUT / "corpus")

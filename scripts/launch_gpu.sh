@@ -8,6 +8,10 @@
 # a SIGTERM that was answered with a checkpoint: the same calls go on from there. With Slurm: deploy/slurm.sbatch.
 set -euo pipefail
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit
+fi
 fail() { echo "launch_gpu.sh: $1" >&2; exit 2; }
 
 [[ $# -gt 0 && $1 != *=* ]] || fail "the first argument is the run's yml: bash scripts/launch_gpu.sh CONFIG.yml key=value ..."

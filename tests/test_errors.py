@@ -4,11 +4,13 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import maxtext
 import numpy as np
 import pytest
-from conftest import ROOT, SMOKE, execute
+from conftest import ROOT, SMOKE, environment, execute
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import pyconfig
@@ -255,6 +257,28 @@ def test_an_option_is_refused_wherever_it_was_set(folders, tmp_path):
     (tmp_path / "mine.yml").write_text(f"base_config: {SMOKE}\nmodel_name: mine\n")
     message = refusal(folders, KD, config=str(tmp_path / "mine.yml"))
     assert "log_moe_bias_norms=True: not supported together with use_kd=true; allowed is False" in message
+
+
+def test_a_command_without_arguments_says_what_it_takes(tmp_path):
+    result = execute(["MaxText/train.py"], [], tmp_path, 1)
+    assert (result.status, result.output) == (
+        2,
+        "error: nothing to train: python MaxText/train.py <config>.yml key=value ...\n",
+    )
+
+
+def test_a_machine_on_its_own_that_looks_for_others_is_told_so(tmp_path):
+    command = [sys.executable, "MaxText/train.py", SMOKE, f"base_output_directory={tmp_path}"]
+    command.append("skip_jax_distributed_system=false")
+    # In a process that knows nothing of pytest: where that is imported, MaxText joins no cluster.
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    message = result.stderr[result.stderr.index("error: ") :]
+    assert len(message.splitlines()) == 1
+    assert "hardware, skip_jax_distributed_system: found no cluster to join" in message
+    assert "hardware=cpu skip_jax_distributed_system=true" in message
 
 
 def test_settings_that_teach_nothing_are_warned_of(train, teacher):

@@ -227,11 +227,11 @@ def teachers_ce(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def shown(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """The mean, and the lowest and highest of several runs."""
+    """The mean, and the lowest and highest of several runs that differ."""
     if not values:
         return "–"
-    text = form(statistics.fmean(values))
-    return text if len(values) == 1 else f"{text} ({form(min(values))} to {form(max(values))})"
+    text, low, high = (form(of(values)) for of in (statistics.fmean, min, max))
+    return text if low == high else f"{text} ({low} to {high})"
 
 
 def equal_compute(groups: Sequence[Group]) -> float | None:

@@ -270,6 +270,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve_with_its_spread(record
     row = results(*folders)["kd (3 runs)"]
     last = [3.1 + bias + 5 * math.exp(-(STEPS - 1) / 10) for bias in biases.values()]
     assert row["CE"] == f"{sum(last) / 3:.4f} ({min(last):.4f} to {max(last):.4f})"
+    assert row["steps"] == str(STEPS)
 
 
 @pytest.mark.parametrize("count", [2, 9])

@@ -103,8 +103,11 @@ def load(path: Path, overrides: Sequence[str]) -> list[Run]:
     Raises:
       ConfigError: the file is not one, or the trainer would refuse a run.
     """
+    keys = omegaconf.OmegaConf.to_container(pyconfig.load_yml(str(path)))
+    if missing := {"config", "grid"} - keys.keys():
+        raise pyconfig.ConfigError(f"{path}: is no sweep: no {' and no '.join(sorted(missing))} in it (docs/sweeps.md)")
     try:
-        sweep = Sweep(**omegaconf.OmegaConf.to_container(pyconfig.load_yml(str(path))))
+        sweep = Sweep.model_validate(keys)
     except pydantic.ValidationError as error:
         raise pyconfig.ConfigError(f"{path}: {pyconfig.describe(error)}") from None
     common = sweep.keys | omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(overrides)))

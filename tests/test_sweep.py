@@ -106,6 +106,13 @@ def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(write, content,
     assert said in str(refusal.value) and (str(path) in str(refusal.value) or "config" in content)
 
 
+def test_a_run_s_config_is_no_sweep():
+    with pytest.raises(
+        pyconfig.ConfigError, match="smoke.yml: is no sweep: no config and no grid in it"
+    ):
+        sweep.load(ROOT / "configs/smoke.yml", [])
+
+
 def test_the_first_sweep_covers_what_it_says_and_its_names_are_ones_that_kubernetes_takes(capsys):
     runs = sweep.load(FIRST, [])
     assert f"{len(runs)} runs" in FIRST.read_text()

@@ -107,9 +107,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(write, content,
 
 
 def test_a_run_s_config_is_no_sweep():
-    with pytest.raises(
-        pyconfig.ConfigError, match="smoke.yml: is no sweep: no config and no grid in it"
-    ):
+    with pytest.raises(pyconfig.ConfigError, match=r"smoke\.yml: is no sweep: no config and no grid in it"):
         sweep.load(ROOT / "configs/smoke.yml", [])
 
 

@@ -90,7 +90,8 @@ def run_here(program: list[str], arguments: list[str], output: str, variables: d
 
 @contextlib.contextmanager
 def started(program: list[str], arguments: list[str], output: pathlib.Path, devices: int = 1) -> Iterator[Any]:
-    """A program under way, which is killed if it is still there at the end."""
+    """A program under way, which is killed if it is still there at the end: a script, or `-m` and a module."""
+    assert len(program) == 1 or (len(program) == 2 and program[0] == "-m"), program
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(ENGINE)
     process = server.Process(target=run_here, args=(program, arguments, str(output), environment(devices)))

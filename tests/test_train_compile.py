@@ -18,7 +18,7 @@ from MaxText import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
 
-PROGRAM = ["MaxText/train_compile.py", SMOKE]
+PROGRAM = ["MaxText/train_compile.py"]
 WITHOUT_LIBTPU = not getattr(importlib.util.find_spec("libtpu"), "origin", None)
 WIDTH, LENGTH = 64, 32  # of tiny-llama and of the smoke run
 
@@ -179,8 +179,9 @@ def test_the_row_in_the_metrics_file_is_what_is_printed(tmp_path, capsys):
 def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_path):
     file = tmp_path / "metrics.jsonl"
     distil = ["use_kd=true", "compile_topology=v5e-4", "kd_top_k=8", f"metrics_file={file}"]
-    result = execute(PROGRAM, [*distil, *layout], tmp_path)
+    result = execute(PROGRAM, [SMOKE, *distil, *layout], tmp_path)
     assert result.status == 0, result.output[-4000:]
+    assert f"4 rows of {LENGTH} positions" in result.output
     assert f"{devices} x TPU v5 lite" in result.output and "on a v5e: fits" in result.output
     row = json.loads(file.read_text())
     assert row["compile/fits"] == 1 and row["compile/devices"] == devices
@@ -193,7 +194,7 @@ def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_
 def test_a_step_that_is_too_large_says_so_and_ends_with_status_1(tmp_path):
     file = tmp_path / "metrics.jsonl"
     large = ["compile_topology=v5e-4", "override_model_config=true", "vocab_size=32768", "max_target_length=8192"]
-    result = execute(PROGRAM, [*large, "per_device_batch_size=64", f"metrics_file={file}"], tmp_path)
+    result = execute(PROGRAM, [SMOKE, *large, "per_device_batch_size=64", f"metrics_file={file}"], tmp_path)
     assert result.status == 1, result.output[-4000:]
     assert "does not fit: Ran out of memory" in result.output
     assert json.loads(file.read_text())["compile/fits"] == 0
@@ -210,7 +211,7 @@ def test_a_step_that_is_too_large_says_so_and_ends_with_status_1(tmp_path):
     ids=str,
 )
 def test_bad_input_ends_with_one_line_and_status_2(arguments, named, tmp_path):
-    result = execute(PROGRAM, arguments, tmp_path)
+    result = execute(PROGRAM, [SMOKE, *arguments], tmp_path)
     assert result.status == 2, result.output[-4000:]
     assert "Traceback" not in result.output
     message = result.output.strip().splitlines()[-1]

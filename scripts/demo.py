@@ -1,6 +1,6 @@
 """Pretrains a teacher, then the same student with and without it, on real text, and compares them on held-out files.
 
-    make demo        2 CPU cores, about 9 minutes on an idle machine, no network
+    make demo        2 CPU cores, 9 to 15 minutes, no network
 
 Everything lies under runs/demo: the corpus, and for each run its checkpoints, metrics.jsonl and train.log; results.json
 and demo.png at the end. Each run is one `python MaxText/train.py ...` command, printed before it starts. A second call

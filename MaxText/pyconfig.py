@@ -162,7 +162,7 @@ def initialize(argv: list[str]) -> Run:
     arguments = list(argv[1:])
     if not arguments:
         raise ConfigError(f"nothing to train: python {argv[0]} <config>.yml key=value ...")
-    path = arguments.pop(0) if arguments and arguments[0].endswith((".yml", ".yaml")) else str(CONFIGS / "base.yml")
+    path = arguments.pop(0) if arguments[0].endswith((".yml", ".yaml")) else str(CONFIGS / "base.yml")
     malformed = [a for a in arguments if "=" not in a]
     if malformed:
         raise ConfigError(f"{malformed[0]!r}: arguments are key=value, after at most one config.yml")

@@ -82,8 +82,8 @@ def resolve_config(
 
 def is_about_the_cluster(error: Exception) -> bool:
     """Whether `error` was raised where `resolve_config` joins the other hosts."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_code.co_name == "maybe_initialize_jax_distributed_system" for frame in frames)
+    joining = max_utils.maybe_initialize_jax_distributed_system.__code__
+    return any(frame.f_code is joining for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def with_vocab_tiling(config: Any) -> Any:

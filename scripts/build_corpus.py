@@ -164,9 +164,7 @@ def build(folder: Path, root: Path = STANDARD_LIBRARY) -> dict[str, Any]:
 
 
 def main() -> None:
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default="runs/demo/corpus", help="default: %(default)s")
     print(json.dumps(build(parser.parse_args().folder), indent=2))
 

@@ -189,9 +189,7 @@ def table(title: str, results: dict[str, dict[str, float]], runs: tuple[Run, ...
 
 
 def main() -> None:
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=first, epilog=rest, formatter_class=raw).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
     console.print("corpus: the standard library of this Python, split by file")
     corpus = build_corpus.build(OUT / "corpus")

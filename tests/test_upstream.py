@@ -128,6 +128,7 @@ NAMES = [
     "goodput.RECORD_JOB_START_TIME",
     "hf_model_configs.HF_MODEL_CONFIGS",
     "hf_shape.HF_SHAPE",
+    "max_utils.maybe_initialize_jax_distributed_system.__code__",
     "metric_logger.MetadataKey.PER_DEVICE_TFLOPS",
     "metric_logger.MetadataKey.PER_DEVICE_TOKENS",
     "moe.MoEBiasVar",

@@ -22,38 +22,42 @@ from etils import epath, epy
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
-from MaxText import pyconfig, upstream
+from MaxText import upstream
+from MaxText.config import resolve
+from MaxText.config.data import data_settings
+from MaxText.config.keys import ConfigError, Distillation
+from MaxText.config.teacher import resolve_teacher
+from MaxText.console import say, waiting
 
 with epy.lazy_imports():
-    from MaxText import failures, heads, manifest, report, sanity, step, termination, vocabularies
-    from MaxText import metrics as metrics_lib
-    from MaxText import student as student_lib
-    from MaxText import teacher as teacher_lib
+    from MaxText.loop import failures, header, manifest, sanity, step, termination
+    from MaxText.loop import metrics as metrics_lib
+    from MaxText.models import heads, vocabularies
+    from MaxText.models import student as student_lib
+    from MaxText.models import teacher as teacher_lib
 
 
 def main(argv: Sequence[str]) -> None:
     # 1. Configuration. Everything that is wrong with the input is raised as ConfigError, here or before the loop.
-    run = pyconfig.initialize(list(argv))
+    run = resolve.initialize(list(argv))
     config, kd = run.student, run.kd
     for warning in kd.warnings():
-        report.say(f"warning: {warning}")
+        say(f"warning: {warning}")
     checkpoint: Any = None
     teacher_config: Any = None
     if kd.use_kd:
         checkpoint = teacher_lib.find_checkpoint(kd.kd_teacher_parameters_path)
-        teacher_config = pyconfig.teacher_config(run, checkpoint.scan_layers)
+        teacher_config = resolve_teacher(run, checkpoint.scan_layers)
         vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
-        report.say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
+        say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
         with upstream.monitored(config, recorder), student_lib.refusals_as_config_errors(config):
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
     if is_complete(config):
-        report.say(
-            f"nothing left to do: {config.checkpoint_dir} holds step {config.steps - 1}, the last of {config.steps}"
-        )
+        say(f"nothing left to do: {config.checkpoint_dir} holds step {config.steps - 1}, the last of {config.steps}")
         return
 
     with upstream.monitored(config, recorder):
@@ -64,15 +68,15 @@ def main(argv: Sequence[str]) -> None:
         # 3. Teacher: restored once, on the student's mesh.
         teacher = None
         if kd.use_kd:
-            with report.waiting("restoring the teacher"):
+            with waiting("restoring the teacher"):
                 mesh, dtype = student.mesh, kd.kd_teacher_dtype
                 teacher = teacher_lib.load(teacher_config, checkpoint, mesh, dtype, kd.kd_vocab_size)
         manifest.keep(config, kd, teacher, student.checkpoint_manager)  # a resumed run goes on as it began
 
         # 4. Steps: compiled before the loop, so that step 0 costs what every step costs.
-        with report.waiting("compiling"):
+        with waiting("compiling"):
             steps = compile_steps(config, kd, student, teacher)
-        report.header(run, student, teacher)
+        header.header(run, student, teacher)
         look = None  # at the teacher, on one batch: of evaluation or else the first of training
         if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.teacher_in_step:
             look = functools.partial(sanity.check_on_first_step, config, kd)
@@ -111,7 +115,7 @@ class Steps:
     eval_data_sharding: Any
 
 
-def compile_steps(config: Any, kd: pyconfig.Distillation, student: "student_lib.Student", teacher: Any) -> Steps:
+def compile_steps(config: Any, kd: Distillation, student: "student_lib.Student", teacher: Any) -> Steps:
     """Jits the steps and compiles them."""
     rules, eval_rules = config.logical_axis_rules, config.logical_axis_rules_for_eval
     data = upstream.sharding.get_input_data_sharding(config, student.mesh, rules=rules)
@@ -141,7 +145,7 @@ Jitted = tuple[Any, tuple]  # a jitted step, and what it takes between the state
 
 
 def jit_steps(
-    config: Any, kd: pyconfig.Distillation, student: "student_lib.Student", teacher: Any, data: Any, eval_data: Any
+    config: Any, kd: Distillation, student: "student_lib.Student", teacher: Any, data: Any, eval_data: Any
 ) -> tuple[Jitted, Jitted]:
     """The steps for training and evaluation; which ones is decided here, once, and not in traced code.
 
@@ -246,8 +250,8 @@ def train(
     except upstream.exceptions.StopTraining as reason:
         profiler.deactivate()
         if upstream.is_data_failure(reason):
-            raise pyconfig.ConfigError(f"{pyconfig.data_settings(config)}: {reason}") from reason
-        report.say(f"training stopped: {reason}")
+            raise ConfigError(f"{data_settings(config)}: {reason}") from reason
+        say(f"training stopped: {reason}")
         terminated = upstream.is_termination(reason)  # there is little time then: the restart evaluates
         if steps.evaluate is not None and evaluated < done and not terminated:
             with contextlib.suppress(upstream.exceptions.StopTraining):
@@ -260,7 +264,7 @@ def train(
     if student.checkpoint_manager is not None:
         with failures.saving(config):
             upstream.checkpointing.wait_until_finished(student.checkpoint_manager)
-        report.say(f"checkpoints: {config.checkpoint_dir}")
+        say(f"checkpoints: {config.checkpoint_dir}")
     return state
 
 
@@ -281,7 +285,7 @@ def save(
     if step_number is None or upstream.save_is_due(manager, config, step_number):
         logger.flush()
         if not logger.state_is_finite:
-            report.say("warning: not saved: the state is not finite")
+            say("warning: not saved: the state is not finite")
             return
     with failures.saving(config):
         upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
@@ -314,7 +318,7 @@ def evaluate(
     assert steps.evaluate is not None
     logger.reset_eval_metrics()
     count = 0
-    batches = failures.batches(iter(student.eval_data_iterator), pyconfig.data_settings(config))
+    batches = failures.batches(iter(student.eval_data_iterator), data_settings(config))
     for count, batch in enumerate(batches, start=1):
         batch = jax.device_put(batch, steps.eval_data_sharding)
         with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules_for_eval):
@@ -324,7 +328,7 @@ def evaluate(
         if 0 < config.eval_steps <= count:
             break
     if count == 0:
-        report.say("warning: the evaluation data holds no full batch: nothing was evaluated")
+        say("warning: the evaluation data holds no full batch: nothing was evaluated")
     logger.finish_evaluation(step_number)
 
 
@@ -332,13 +336,13 @@ def command_line(argv: Sequence[str]) -> None:
     """`main`, with what ended it early as one message at the end of the output; status 2 for bad input, else 1."""
     try:
         main(argv)
-    except (pyconfig.ConfigError, failures.RunError) as error:
+    except (ConfigError, failures.RunError) as error:
         if upstream.is_verbose() and error.__cause__ is not None:
             raise
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         # At once: the threads of a reader or a writer that has failed may never end, and may go on complaining.
-        os._exit(2 if isinstance(error, pyconfig.ConfigError) else 1)
+        os._exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where the newest checkpoint stands")
 

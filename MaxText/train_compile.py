@@ -27,13 +27,20 @@ from etils import epy
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
-from MaxText import pyconfig, upstream
+from MaxText import upstream
+from MaxText.config import resolve
+from MaxText.config.files import CONFIGS, load_layers
+from MaxText.config.keys import ConfigError, Distillation
+from MaxText.config.presets import suggestion
+from MaxText.config.resolve import Run
+from MaxText.config.teacher import resolve_teacher
+from MaxText.console import say, waiting
 
 with epy.lazy_imports():
-    from MaxText import report
-    from MaxText import student as student_lib
-    from MaxText import teacher as teacher_lib
     from MaxText import train as train_lib
+    from MaxText.loop import header
+    from MaxText.models import student as student_lib
+    from MaxText.models import teacher as teacher_lib
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,29 +49,29 @@ def main(argv: Sequence[str]) -> int:
     run = initialize(list(argv))
     config, kd = run.student, run.kd
     for warning in kd.warnings():
-        report.say(f"warning: {warning}")
-    teacher_config = pyconfig.teacher_config(run, config.scan_layers) if kd.use_kd else None
+        say(f"warning: {warning}")
+    teacher_config = resolve_teacher(run, config.scan_layers) if kd.use_kd else None
     upstream.start_engine(config)
     if config.enable_diloco:
-        raise pyconfig.ConfigError("enable_diloco=True: its step is not train.py's; allowed is False")
+        raise ConfigError("enable_diloco=True: its step is not train.py's; allowed is False")
 
     # 2. Student and teacher as shapes on the mesh of the topology.
     with student_lib.refusals_as_config_errors(config):
         mesh = upstream.maxtext_utils.get_mesh_from_config(config, devices_of(config))
         student = abstract_student(config, mesh)
         teacher = teacher_lib.abstract(teacher_config, mesh, kd.kd_teacher_dtype) if kd.use_kd else None
-    report.say("\n".join(f"{title:>10}  {text}" for title, text in description(run, student, teacher)))
+    say("\n".join(f"{title:>10}  {text}" for title, text in description(run, student, teacher)))
 
     # 3. The step.
     cost = Cost(chip_of(mesh), mesh.size, model_flops(config, teacher_config if kd.teacher_in_step else None))
     try:
-        with report.waiting("compiling"):
+        with waiting("compiling"):
             cost.read(compile_step(config, trace(config, kd, student, teacher)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         cost.refusal = refusal(str(error))
-    report.say("\n".join(f"{title:>10}  {text}" for title, text in cost.lines()))
+    say("\n".join(f"{title:>10}  {text}" for title, text in cost.lines()))
     if config.metrics_file:
         append_row(config.metrics_file, cost.row() | {"run_name": config.run_name})
     return 1 if cost.refusal else 0
@@ -73,15 +80,15 @@ def main(argv: Sequence[str]) -> int:
 # Configuration --------------------------------------------------------------------------------------------------------
 
 
-def initialize(argv: list[str]) -> pyconfig.Run:
+def initialize(argv: list[str]) -> Run:
     """As train.py's, with what a compilation elsewhere settles: the platform, no distributed system, no cache.
 
     Raises:
       ConfigError: as train.py's, for a topology that nobody knows, and where libtpu is missing.
     """
     arguments = [argument for argument in argv[1:] if "=" in argument]
-    path = argv[1] if len(argv) > 1 and "=" not in argv[1] else str(pyconfig.CONFIGS / "base.yml")
-    defaults, user = pyconfig.load_layers(path)
+    path = argv[1] if len(argv) > 1 and "=" not in argv[1] else str(CONFIGS / "base.yml")
+    defaults, user = load_layers(path)
     given = omegaconf.OmegaConf.merge(defaults, user, omegaconf.OmegaConf.from_cli(arguments))
     settled = ["skip_jax_distributed_system=true", "enable_goodput_recording=false", "use_vertex_tensorboard=false"]
     if not given.kd_teacher_parameters_path:
@@ -93,18 +100,18 @@ def initialize(argv: list[str]) -> pyconfig.Run:
         settled.append(f"hardware={upstream.topologies()[topology].platform}")
         if given.compile_topology_num_slices == -1:
             settled.append("compile_topology_num_slices=1")
-    return pyconfig.initialize([*argv, *settled])
+    return resolve.initialize([*argv, *settled])
 
 
 def check_topology(name: str) -> None:
     known = upstream.topologies()
     if name not in known:
-        raise pyconfig.ConfigError(
-            f"compile_topology={name!r}: no such topology{pyconfig.suggestion(name, known)}; "
+        raise ConfigError(
+            f"compile_topology={name!r}: no such topology{suggestion(name, known)}; "
             f"sizes of {', '.join(sorted({known_name.rpartition('-')[0] or known_name for known_name in known}))}"
         )
     if known[name].platform == "tpu" and libtpu_version() is None:
-        raise pyconfig.ConfigError(
+        raise ConfigError(
             f"compile_topology={name!r}: compiling for a TPU needs the package libtpu, which is not installed: "
             "bash setup.sh tpu"
         )
@@ -157,7 +164,7 @@ def abstract_student(config: Any, mesh: jax.sharding.Mesh) -> "student_lib.Stude
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
-def trace(config: Any, kd: pyconfig.Distillation, student: "student_lib.Student", teacher: Any) -> Any:
+def trace(config: Any, kd: Distillation, student: "student_lib.Student", teacher: Any) -> Any:
     """The train step of train.py, traced: `.lower()` makes it a program for the mesh's platform.
 
     For another platform than the mesh's, as a check that it can be lowered: `.lower(lowering_platforms=("cuda",))`.
@@ -335,22 +342,22 @@ def append_row(path: str, row: dict[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise pyconfig.ConfigError(f"metrics_file={path!r}: cannot be written ({error.strerror})") from None
+        raise ConfigError(f"metrics_file={path!r}: cannot be written ({error.strerror})") from None
 
 
-def description(run: pyconfig.Run, student: Any, teacher: Any) -> list[tuple[str, str]]:
+def description(run: Run, student: Any, teacher: Any) -> list[tuple[str, str]]:
     """What is compiled, for what, by what."""
     config, kd = run.student, run.kd
-    lines = [("student", report.model_text(config, nnx.filter_state(student.state.model, nnx.Param)))]
+    lines = [("student", header.model_text(config, nnx.filter_state(student.state.model, nnx.Param)))]
     if teacher is not None:
-        lines.append(("teacher", report.model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))
+        lines.append(("teacher", header.model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))
         if not kd.kd_teacher_dtype:
             held = f"held in {teacher.config.weight_dtype}: set kd_teacher_dtype if its checkpoint stores another type"
             lines.append(("", held))
-    lines.append(("loss", report.loss_text(kd)))
+    lines.append(("loss", header.loss_text(kd)))
     rows = f"{config.per_device_batch_size:g} rows of {config.max_target_length} positions per device"
     lines.append(("batch", rows))
-    lines.append(("devices", report.layout_text(student.mesh)))
+    lines.append(("devices", header.layout_text(student.mesh)))
     compiler = f", libtpu {libtpu_version()}" if student.mesh.devices.flat[0].platform == "tpu" else ""
     lines.append(("compiler", f"jax {jax.__version__}{compiler}"))
     return lines
@@ -362,7 +369,7 @@ def command_line(argv: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         status = main(argv)
-    except pyconfig.ConfigError as error:
+    except ConfigError as error:
         if upstream.is_verbose() and error.__cause__ is not None:
             raise
         sys.stdout.flush()

@@ -167,7 +167,7 @@ def silence() -> Iterator[None]:
 # A run ----------------------------------------------------------------------------------------------------------------
 
 # Options whose branches live in upstream's loop; with use_kd=false that loop runs them, with use_kd=true they are
-# refused (pyconfig.py). Each entry: key -> the values that do not need it.
+# refused (config/checks.py). Each entry: key -> the values that do not need it.
 OWN_LOOP: dict[str, tuple] = {
     "elastic_enabled": (False,),
     "enable_diloco": (False,),

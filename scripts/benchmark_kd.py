@@ -41,10 +41,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from MaxText import heads, pyconfig, step, teacher, train_compile, upstream
-from MaxText import student as student_lib
+from MaxText import train_compile, upstream
+from MaxText.config import resolve
+from MaxText.config.files import CONFIGS, load_yml
+from MaxText.config.keys import ConfigError, Distillation, KDKeys
+from MaxText.config.resolve import Run
+from MaxText.config.teacher import resolve_teacher
 from MaxText.distill.blockwise import blockwise_kd
 from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, cross_entropy, kd_sums
+from MaxText.loop import step
+from MaxText.models import heads, teacher
+from MaxText.models import student as student_lib
 
 # N tokens, D student's width, E teacher's width, V vocabulary
 
@@ -238,9 +245,9 @@ def loss_programs(options: argparse.Namespace, tokens: int, vocabulary: int) -> 
         yield program(f"KD, blockwise, {kept.name}", kd, functools.partial(block_kd, kept, block), inputs, block)
 
 
-def distillation(options: argparse.Namespace, kept: Truncation) -> pyconfig.Distillation:
-    defaults = pyconfig.load_yml(str(pyconfig.CONFIGS / "base.yml"))
-    settings = {key: defaults[key] for key in pyconfig.KDKeys.model_fields} | {
+def distillation(options: argparse.Namespace, kept: Truncation) -> Distillation:
+    defaults = load_yml(str(CONFIGS / "base.yml"))
+    settings = {key: defaults[key] for key in KDKeys.model_fields} | {
         "use_kd": True,
         "kd_alpha": ALPHA,
         "kd_temperature": TEMPERATURE,
@@ -249,13 +256,13 @@ def distillation(options: argparse.Namespace, kept: Truncation) -> pyconfig.Dist
         "kd_truncation_strategy": kept.strategy,
         "kd_block_mib": options.block_mib,
     }
-    return pyconfig.Distillation(**settings)
+    return Distillation(**settings)
 
 
 # The whole step -------------------------------------------------------------------------------------------------------
 
 
-def run_settings(options: argparse.Namespace, tokens: int, vocabulary: int, folder: str, **keys: Any) -> pyconfig.Run:
+def run_settings(options: argparse.Namespace, tokens: int, vocabulary: int, folder: str, **keys: Any) -> Run:
     """The smoke configuration with a student of the wanted width; the teacher is twice as wide."""
     length = math.gcd(tokens, SEQUENCE)
     width = options.width
@@ -278,7 +285,7 @@ def run_settings(options: argparse.Namespace, tokens: int, vocabulary: int, fold
         "kd_block_mib": options.block_mib,
     }
     smoke = str(ROOT / "configs/smoke.yml")
-    return pyconfig.initialize(["train.py", smoke, *(f"{key}={value}" for key, value in keys.items())])
+    return resolve.initialize(["train.py", smoke, *(f"{key}={value}" for key, value in keys.items())])
 
 
 def random_teacher(config: Any, mesh: Any) -> tuple[teacher.Teacher, nnx.GraphDef]:
@@ -307,7 +314,7 @@ def step_programs(options: argparse.Namespace, tokens: int, vocabulary: int, fol
     config, rules = run.student, run.student.logical_axis_rules
     recorder = upstream.start_engine(config)
     student = student_lib.set_up(config, recorder)
-    guide, dense_graph = random_teacher(pyconfig.teacher_config(run, config.scan_layers), student.mesh)
+    guide, dense_graph = random_teacher(resolve_teacher(run, config.scan_layers), student.mesh)
     batch = random_batch(config)
     shape = (tokens, vocabulary, options.width, 2 * options.width)
     student_flops = 1e12 * upstream.tflops_per_step(config, None)
@@ -581,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except pyconfig.ConfigError as problem:
+    except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -33,7 +33,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from stacked_arrays import Pending, Shape, Stacked, stored_by_piece, written_by_piece
 
-from MaxText import failures, pyconfig, upstream
+from MaxText import upstream
+from MaxText.config import resolve
+from MaxText.config.files import absolute
+from MaxText.config.keys import ConfigError
+from MaxText.console import first_line
+from MaxText.loop import failures
 
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
@@ -65,12 +70,12 @@ def fetch(hf: str) -> pathlib.Path:
     if folder.is_dir():
         return folder
     if hf.count("/") > 1 or hf.startswith((".", "~", "/")) or folder.exists():
-        raise pyconfig.ConfigError(f"--hf {hf!r}: no such folder")
+        raise ConfigError(f"--hf {hf!r}: no such folder")
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hf, allow_patterns=[WEIGHTS, "*.json", *TOKENIZER]))
     except Exception as error:  # of the hub's own kinds, of its connection's, of the disk's
-        reason = failures.first_line(error)
-        raise pyconfig.ConfigError(
+        reason = first_line(error)
+        raise ConfigError(
             f"--hf {hf!r}: no such folder, and as a model on the hub it cannot be fetched ({reason})"
         ) from error
 
@@ -78,11 +83,11 @@ def fetch(hf: str) -> pathlib.Path:
 def read_config(folder: pathlib.Path) -> transformers.PreTrainedConfig:
     """The model's configuration; of a model that sees, the one of its language model."""
     if not (folder / "config.json").is_file():
-        raise pyconfig.ConfigError(f"--hf {str(folder)!r}: no config.json in it")
+        raise ConfigError(f"--hf {str(folder)!r}: no config.json in it")
     try:
         return transformers.AutoConfig.from_pretrained(folder).get_text_config()
     except Exception as error:  # a model_type that transformers does not know, or values that it refuses
-        raise pyconfig.ConfigError(f"{folder / 'config.json'}: {failures.first_line(error)}") from error
+        raise ConfigError(f"{folder / 'config.json'}: {first_line(error)}") from error
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Shape]:
@@ -95,23 +100,23 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Shape]:
     try:
         where = json.loads(index.read_text())["weight_map"] if index.is_file() else None
     except (OSError, ValueError, KeyError) as error:
-        raise pyconfig.ConfigError(f"{index}: cannot be read ({error})") from error
+        raise ConfigError(f"{index}: cannot be read ({error})") from error
     files = sorted(set(where.values())) if where else ["model.safetensors"]
     missing = [file for file in files if not (folder / file).is_file()]
     if missing and not where:
-        raise pyconfig.ConfigError(f"--hf {str(folder)!r}: no model.safetensors and no index of several files")
+        raise ConfigError(f"--hf {str(folder)!r}: no model.safetensors and no index of several files")
     if missing:
-        raise pyconfig.ConfigError(f"{index}: names files that are not there: {', '.join(missing)}")
+        raise ConfigError(f"{index}: names files that are not there: {', '.join(missing)}")
     found: dict[str, Shape] = {}
     for file in files:
         try:
             with safetensors.safe_open(folder / file, framework="np") as opened:
                 found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, OSError) as error:
-            raise pyconfig.ConfigError(f"{folder / file}: cannot be read ({failures.first_line(error)})") from error
+            raise ConfigError(f"{folder / file}: cannot be read ({first_line(error)})") from error
     lost = sorted(set(where or ()) - set(found))
     if lost:
-        raise pyconfig.ConfigError(f"{index}: names tensors that are not there: {', '.join(lost[:5])}")
+        raise ConfigError(f"{index}: names tensors that are not there: {', '.join(lost[:5])}")
     return found
 
 
@@ -138,7 +143,7 @@ def locate(names: set[str], expected: dict[str, Any], stored: dict[str, Shape]) 
             found[name] = spelling
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise pyconfig.ConfigError("the weights are not those of config.json:\n" + "\n".join(problems[:5]) + more)
+        raise ConfigError("the weights are not those of config.json:\n" + "\n".join(problems[:5]) + more)
     return found
 
 
@@ -148,7 +153,7 @@ def locate(names: set[str], expected: dict[str, Any], stored: dict[str, Shape]) 
 def maxtext_config(name: str, changed: dict[str, Any], scan_layers: bool) -> Any:
     """MaxText's configuration of the preset `name` with `changed` keys, to take shapes from."""
     keys = NEUTRAL | {"model_name": name, "scan_layers": scan_layers} | changed
-    return pyconfig.initialize(["convert_teacher.py", *(f"{key}={value}" for key, value in keys.items())]).student
+    return resolve.initialize(["convert_teacher.py", *(f"{key}={value}" for key, value in keys.items())]).student
 
 
 def model_info(config: Any) -> tuple[dict[str, tuple[int, Shape]], Any]:
@@ -203,9 +208,9 @@ def begin(output: epath.Path, record: dict[str, Any]) -> set[tuple[str, ...]]:
     """
     file = output / "conversion.json"
     if (output / "0").exists():
-        raise pyconfig.ConfigError(f"--output {str(output)!r}: holds a checkpoint already; take another folder")
+        raise ConfigError(f"--output {str(output)!r}: holds a checkpoint already; take another folder")
     if output.exists() and not file.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise pyconfig.ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
+        raise ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2) + "\n"
     written = resume(output / PARTIAL) if file.exists() and file.read_text() == text else set()
@@ -346,7 +351,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     console = Console(highlight=False, soft_wrap=True)
-    output = epath.Path(pyconfig.absolute(arguments.output))
+    output = epath.Path(absolute(arguments.output))
     folder = fetch(arguments.hf)
     hf_config = read_config(folder)
     name, changed = hugging_face.choose(hf_config, arguments.model_name)
@@ -359,7 +364,7 @@ def main(argv: list[str]) -> None:
         copy_tokenizer(folder, output)
         save(output, arrays, written, config, console)
     except (OSError, ValueError) as error:  # tensorstore's are of the second kind
-        reason = failures.first_line(error)
+        reason = first_line(error)
         raise failures.RunError(f"{output}: not converted ({reason}); the same command goes on from here") from error
     size = sum(array.nbytes for _, array in arrays)
     console.print(
@@ -375,7 +380,7 @@ def errors_as_messages() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         leave("interrupted; start it again with the same command", 1)
-    except pyconfig.ConfigError as error:
+    except ConfigError as error:
         leave(f"error: {error}", 2)
     except failures.RunError as error:
         leave(f"error: {error}", 1)

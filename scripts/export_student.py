@@ -31,7 +31,12 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from MaxText import failures, pyconfig, teacher, upstream
+from MaxText import upstream
+from MaxText.config import resolve
+from MaxText.config.keys import ConfigError
+from MaxText.console import first_line
+from MaxText.loop import failures
+from MaxText.models import teacher
 
 with epy.lazy_imports():
     from maxtext.checkpoint_conversion.utils import utils as hf_utils
@@ -53,9 +58,9 @@ def student_config(settings: list[str], model_name: str, checkpoint: teacher.Che
         fixed["model_name"] = model_name
     keys = [argument for argument in settings if argument.split("=")[0] not in fixed]
     argv = ["export_student.py", *keys, *(f"{key}={value}" for key, value in fixed.items())]
-    config = pyconfig.initialize(argv).student
+    config = resolve.initialize(argv).student
     if config.model_name == "default":
-        raise pyconfig.ConfigError("--model-name: which preset is the student? (or the training command's settings)")
+        raise ConfigError("--model-name: which preset is the student? (or the training command's settings)")
     return config
 
 
@@ -63,10 +68,10 @@ def find_student(run: str) -> teacher.Checkpoint:
     """The newest checkpoint of a run, or the one given."""
     try:
         found = teacher.find_checkpoint(run)
-    except pyconfig.ConfigError as error:  # the search is the teacher's, and so is the key in its words
-        raise pyconfig.ConfigError(str(error).replace("kd_teacher_parameters_path=", "--run ")) from error
+    except ConfigError as error:  # the search is the teacher's, and so is the key in its words
+        raise ConfigError(str(error).replace("kd_teacher_parameters_path=", "--run ")) from error
     if not (found.root / "items").exists():
-        raise pyconfig.ConfigError(f"--run {run!r}: a checkpoint that has `items` in it is expected")
+        raise ConfigError(f"--run {run!r}: a checkpoint that has `items` in it is expected")
     return found
 
 
@@ -95,7 +100,7 @@ def stored_arrays(run: str, config: Any, checkpoint: teacher.Checkpoint) -> dict
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         listed = "\n".join(problems[:5]) + more
-        raise pyconfig.ConfigError(
+        raise ConfigError(
             f"--run {run!r}: does not hold a {config.model_name} of these settings:\n{listed}\n"
             "Give the settings that it was trained with, as the training command had them."
         )
@@ -161,9 +166,9 @@ def main(argv: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     output = pathlib.Path(arguments.output).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise pyconfig.ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
+        raise ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
     if arguments.tokenizer and not epath.Path(arguments.tokenizer).exists():
-        raise pyconfig.ConfigError(f"--tokenizer {arguments.tokenizer!r}: no such file or folder")
+        raise ConfigError(f"--tokenizer {arguments.tokenizer!r}: no such file or folder")
     checkpoint = find_student(arguments.run)
     config = student_config(arguments.settings, arguments.model_name, checkpoint)
     hf_config = hugging_face.configuration(config)
@@ -186,7 +191,7 @@ def main(argv: list[str]) -> None:
         output.mkdir(exist_ok=True)
         unfinished.replace(output)
     except (OSError, safetensors.SafetensorError) as error:
-        raise failures.RunError(f"{output}: cannot be written ({failures.first_line(error)})") from error
+        raise failures.RunError(f"{output}: cannot be written ({first_line(error)})") from error
     step = "" if checkpoint.step is None else f" of step {checkpoint.step}"
     length = hf_config.max_position_embeddings
     print(

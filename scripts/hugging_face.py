@@ -2,7 +2,7 @@
 
 Used both ways: convert_teacher.py reads a config.json, export_student.py writes one. Names and transformations of the
 weights are MaxText's own (maxtext.checkpoint_conversion). Left out on purpose: architectures that no test compares
-with transformers (tests/test_convert.py), and whatever MaxText's decoder of a family cannot be set to.
+with transformers (tests/huggingface/test_convert.py), and whatever MaxText's decoder of a family cannot be set to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ with epy.lazy_imports():
     import transformers  # after upstream has quietened it
     from maxtext.checkpoint_conversion.utils import hf_model_configs, hf_shape, param_mapping
 
-from MaxText import pyconfig, upstream
+from MaxText import upstream
+from MaxText.config.files import CONFIGS, load_yml
+from MaxText.config.keys import ConfigError
+from MaxText.config.presets import preset_folder, preset_places
 
 # The scaling of rotary positions that MaxText's `rope_type: llama3.1` has built in.
 LLAMA31 = {
@@ -148,7 +151,7 @@ FAMILIES = {
 
 def family_of(config: transformers.PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
-        raise pyconfig.ConfigError(
+        raise ConfigError(
             f"model_type={config.model_type!r}: not supported; supported are {', '.join(FAMILIES)}, and the language "
             "model of gemma3"
         )
@@ -163,16 +166,14 @@ def architecture(config: transformers.PreTrainedConfig) -> dict[str, Any]:
     """
     family = family_of(config)
     if getattr(config, "quantization_config", None):
-        raise pyconfig.ConfigError("quantization_config: quantized weights are not supported; use the original ones")
+        raise ConfigError("quantization_config: quantized weights are not supported; use the original ones")
     built_in = family.built_in | (
         {"layer_types": layer_types(family, config.num_hidden_layers)} if family.pattern else {}
     )
     for name, only in built_in.items():
         value = getattr(config, name)
         if value != only and not (only is False and value is None):
-            raise pyconfig.ConfigError(
-                f"{name}={value!r}: MaxText's {family.decoder_block} decoder has {only!r} built in"
-            )
+            raise ConfigError(f"{name}={value!r}: MaxText's {family.decoder_block} decoder has {only!r} built in")
     settings = {key: getattr(config, name) or 0 for key, name in family.keys.items()} | family.own
     if not family.is_latent:
         settings["head_dim"] = head_dim(config)
@@ -216,7 +217,7 @@ def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, A
             return keys
         if scaling == LLAMA31 and family.decoder_block == "llama2":
             return keys | {"rope_type": "llama3.1", "rope_use_scale": True}
-    raise pyconfig.ConfigError(
+    raise ConfigError(
         f"rope_parameters={config.rope_parameters!r}: MaxText's {family.decoder_block} decoder cannot scale rotary "
         "positions so" + (f"; of Llama's scalings it has {LLAMA31!r}" if family.decoder_block == "llama2" else "")
     )
@@ -254,7 +255,7 @@ def yarn(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[s
     ):
         keys |= {"max_position_embeddings": length, "rope_truncate": True, "rope_attention_scaling": False}
         return keys | whole
-    raise pyconfig.ConfigError(
+    raise ConfigError(
         f"rope_parameters={config.rope_parameters!r}: MaxText's deepseek decoder scales rotary positions by YaRN with "
         "whole numbers, equal mscale and mscale_all_dim, and original_max_position_embeddings below "
         f"max_position_embeddings ({length})"
@@ -274,11 +275,11 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
     of_block = {name: family for name, family in FAMILIES.items() if family.decoder_block == block}
     if not of_block:
         blocks = ", ".join(dict.fromkeys(family.decoder_block for family in FAMILIES.values()))
-        raise pyconfig.ConfigError(f"decoder_block={block}: not supported; supported are {blocks}")
+        raise ConfigError(f"decoder_block={block}: not supported; supported are {blocks}")
     model_type = next((name for name in of_block if config.model_name.startswith(of_block[name].names)), None)
     if model_type is None:
         names = " or ".join(start for family in of_block.values() for start in family.names)
-        raise pyconfig.ConfigError(f"model_name={config.model_name}: MaxText's {block} presets begin with {names}")
+        raise ConfigError(f"model_name={config.model_name}: MaxText's {block} presets begin with {names}")
     family = of_block[model_type]
     settings: dict[str, Any] = {name: held(config, key) for key, name in family.keys.items()}
     settings |= family.built_in
@@ -331,7 +332,7 @@ def check_same(config: Any, settings: dict[str, Any]) -> None:
         if key == "rope_type" and interleaved(config):  # llama3.1 without its scaling is plain
             continue
         if (own or 0) != (value or 0):
-            raise pyconfig.ConfigError(f"{key}={own!r}: Hugging Face's model of this kind has {value!r}")
+            raise ConfigError(f"{key}={own!r}: Hugging Face's model of this kind has {value!r}")
 
 
 # Presets --------------------------------------------------------------------------------------------------------------
@@ -345,10 +346,10 @@ ADJUSTED = ("vocab_size", "rope_type", "rope_use_scale", *GROUPS)
 def presets() -> dict[str, dict[str, Any]]:
     """Name -> settings of every preset of MaxText's and of ours, on MaxText's defaults."""
     found: dict[str, dict[str, Any]] = {}
-    defaults = dict(pyconfig.load_yml(upstream.base_yml()))
-    for folder in pyconfig.preset_places(pyconfig.CONFIGS):
+    defaults = dict(load_yml(upstream.base_yml()))
+    for folder in preset_places(CONFIGS):
         for file in sorted(folder.glob("*.yml")):
-            found.setdefault(file.stem, defaults | dict(pyconfig.load_yml(str(file))))
+            found.setdefault(file.stem, defaults | dict(load_yml(str(file))))
     for name, settings in found.items():
         if name.startswith("llama3.1"):  # the one architecture that MaxText tells by the preset's name
             settings["rope_type"] = "llama3.1"
@@ -402,22 +403,22 @@ def choose(config: transformers.PreTrainedConfig, name: str) -> tuple[str, dict[
     fitting = candidates(config)
     if name:
         if name not in fitting:
-            folder = pyconfig.CONFIGS
-            pyconfig.preset_folder("--model-name", name, folder)
-            raise pyconfig.ConfigError(
+            folder = CONFIGS
+            preset_folder("--model-name", name, folder)
+            raise ConfigError(
                 f"--model-name={name!r}: is no {config.model_type}; presets of this family are {', '.join(fitting)}"
             )
         return name, fitting[name]
     nearest = next(iter(fitting), None)
     if nearest is None:
-        raise pyconfig.ConfigError(f"model_type={config.model_type!r}: MaxText has no preset of this kind")
+        raise ConfigError(f"model_type={config.model_type!r}: MaxText has no preset of this kind")
     if fitting[nearest].keys() <= set(ADJUSTED):
         return nearest, fitting[nearest]
     listed = "\n".join(
         f"  {near}, which would need {', '.join(f'{key}={value}' for key, value in changed.items())}"
         for near, changed in list(fitting.items())[:3]
     )
-    raise pyconfig.ConfigError(
+    raise ConfigError(
         f"no preset is a {config.model_type} of this shape. The nearest are\n{listed}\n"
         f"Take one with --model-name, such as --model-name {nearest}: what differs is overridden."
     )

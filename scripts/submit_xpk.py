@@ -24,7 +24,11 @@ from typing import Any
 
 import jinja2
 
-from MaxText import pyconfig, upstream
+from MaxText import upstream
+from MaxText.config import resolve
+from MaxText.config.keys import ConfigError
+from MaxText.config.presets import suggestion
+from MaxText.config.teacher import resolve_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 XPK_VENV = ROOT / ".venv-xpk/bin"  # its dependencies are not ours: docs/cluster.md makes it
@@ -36,7 +40,7 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 GRACE_SECONDS = 300  # between SIGTERM and kill -9: the step at hand and its checkpoint must fit
 
 # MaxText's name of a TPU's generation -> the label cloud.google.com/gke-tpu-accelerator of its nodes. Source: the table
-# of xpk (core/system_characteristics.py), against which tests/test_submit.py holds these and the hosts and topologies.
+# of xpk (core/system_characteristics.py); tests/commands/test_submit.py holds these, hosts and topologies to it.
 ACCELERATORS = {
     "v4": "tpu-v4-podslice",
     "v5e": "tpu-v5-lite-podslice",
@@ -71,8 +75,8 @@ def find_slice(tpu_type: str) -> Slice:
     name = tpu_type.replace("v5litepod-", "v5e-")
     known = {key: spec for key, spec in upstream.topologies().items() if spec.platform == "tpu"}
     if name not in known:
-        near = pyconfig.suggestion(name, known)
-        raise pyconfig.ConfigError(f"--tpu-type={tpu_type}: no such TPU slice{near}")
+        near = suggestion(name, known)
+        raise ConfigError(f"--tpu-type={tpu_type}: no such TPU slice{near}")
     topology = known[name].topology_name.partition(":")[2]
     chips_per_host = math.prod(known[name].chips_per_host_bounds)
     hosts = math.prod(map(int, topology.split("x"))) // chips_per_host
@@ -90,33 +94,33 @@ def check_options(args: argparse.Namespace) -> None:
     """
     for option, value in (("--cluster", args.cluster), ("--workload", args.workload)):
         if value is not None and (not NAME.fullmatch(value) or len(value) > NAME_LENGTH):
-            raise pyconfig.ConfigError(
+            raise ConfigError(
                 f"{option}={value}: at most {NAME_LENGTH} lower-case letters, digits and hyphens, the first a letter "
                 "and the last no hyphen"
             )
     if args.num_slices < 1:
-        raise pyconfig.ConfigError(f"--num-slices={args.num_slices}: at least 1")
+        raise ConfigError(f"--num-slices={args.num_slices}: at least 1")
     if args.max_restarts < 0:
-        raise pyconfig.ConfigError(f"--max-restarts={args.max_restarts}: at least 0")
+        raise ConfigError(f"--max-restarts={args.max_restarts}: at least 0")
     for variable in args.env:
         if not VARIABLE.fullmatch(variable):
-            raise pyconfig.ConfigError(f"--env={variable}: NAME=VALUE is expected")
+            raise ConfigError(f"--env={variable}: NAME=VALUE is expected")
         # xpk writes it into YAML between double quotes, as it is.
         if not args.render_jobset and re.search(r'["\\\n]', variable):
-            raise pyconfig.ConfigError(f"--env={variable}: xpk passes no double quote, backslash or line end")
+            raise ConfigError(f"--env={variable}: xpk passes no double quote, backslash or line end")
     if args.render_jobset and not args.docker_image:
-        raise pyconfig.ConfigError("--render-jobset: needs --docker-image, the image that holds this repository")
+        raise ConfigError("--render-jobset: needs --docker-image, the image that holds this repository")
     if not args.render_jobset and not args.cluster:
-        raise pyconfig.ConfigError("--cluster: xpk needs the name of the cluster")
+        raise ConfigError("--cluster: xpk needs the name of the cluster")
     if not Path(args.config).resolve().is_relative_to(ROOT):
-        raise pyconfig.ConfigError(f"--config={args.config}: outside of this repository, so the image does not hold it")
+        raise ConfigError(f"--config={args.config}: outside of this repository, so the image does not hold it")
     for override in args.overrides:
         if "\n" in override:
-            raise pyconfig.ConfigError(f"{override!r}: a line end cannot be passed on")
+            raise ConfigError(f"{override!r}: a line end cannot be passed on")
         if override.startswith("run_name="):
-            raise pyconfig.ConfigError(f"{override}: the run takes the workload's name; set --workload")
+            raise ConfigError(f"{override}: the run takes the workload's name; set --workload")
         if override.startswith("base_output_directory=") and args.output:
-            raise pyconfig.ConfigError(f"{override} --output={args.output}: set one of the two")
+            raise ConfigError(f"{override} --output={args.output}: set one of the two")
 
 
 def check_settings(config: str, overrides: Sequence[str], tpu: Slice, num_slices: int) -> None:
@@ -128,21 +132,21 @@ def check_settings(config: str, overrides: Sequence[str], tpu: Slice, num_slices
       ConfigError: the run would not start.
     """
     devices = [f"compile_topology={tpu.name}", f"compile_topology_num_slices={num_slices}"]
-    run = pyconfig.initialize(["train.py", config, *overrides, *devices])
+    run = resolve.initialize(["train.py", config, *overrides, *devices])
     if run.kd.use_kd:
-        pyconfig.teacher_config(run, scan_layers=None)
+        resolve_teacher(run, scan_layers=None)
     check_mesh(run.student, upstream.topologies()[tpu.name].devices_per_slice, num_slices)
     if run.student.hardware != "tpu":
-        raise pyconfig.ConfigError(f"hardware={run.student.hardware!r}: the run is for a TPU; set hardware=tpu")
+        raise ConfigError(f"hardware={run.student.hardware!r}: the run is for a TPU; set hardware=tpu")
     if run.student.skip_jax_distributed_system and tpu.hosts * num_slices > 1:
-        raise pyconfig.ConfigError(
+        raise ConfigError(
             f"skip_jax_distributed_system=True: each of the {tpu.hosts * num_slices} hosts would train by itself; "
             "allowed is False"
         )
     for key in ("base_output_directory", "kd_teacher_parameters_path"):
         path = str(run.user.get(key) or "")
         if not ("://" in path or os.path.isabs(path)) and (path or key == "base_output_directory"):
-            raise pyconfig.ConfigError(
+            raise ConfigError(
                 f"{key}={path!r}: a host's own folder is lost with it; gs:// is expected, or an absolute path on a "
                 "mounted file system"
             )
@@ -158,7 +162,7 @@ def check_mesh(student: Any, devices_per_slice: int, num_slices: int) -> None:
             upstream.max_utils.fill_unspecified_mesh_axes(list(parallelism), count, kind)
         except AssertionError as error:
             axes = f"{kind.lower()}_*_parallelism={list(parallelism)}"
-            raise pyconfig.ConfigError(f"{axes}: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{axes}: {' '.join(str(error).split())}") from None
 
 
 # What is submitted ----------------------------------------------------------------------------------------------------
@@ -249,11 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options(args)
     tpu = find_slice(args.tpu_type)
     if args.num_slices > 1 and tpu.hosts == 1:
-        raise pyconfig.ConfigError(
+        raise ConfigError(
             f"--num-slices={args.num_slices} --tpu-type={args.tpu_type}: GKE joins slices of several hosts only"
         )
     if not args.render_jobset and tpu.name in UNKNOWN_TO_XPK:
-        raise pyconfig.ConfigError(f"--tpu-type={args.tpu_type}: xpk does not know it; --render-jobset does")
+        raise ConfigError(f"--tpu-type={args.tpu_type}: xpk does not know it; --render-jobset does")
     check_settings(args.config, run_overrides(args), tpu, args.num_slices)
     if args.render_jobset:
         print(render_jobset(args, tpu), end="")
@@ -264,14 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     program = shutil.which("xpk", path=os.pathsep.join([str(XPK_VENV), os.environ.get("PATH", "")]))
     if program is None:
-        raise pyconfig.ConfigError("xpk is neither in .venv-xpk nor on PATH: docs/cluster.md installs it")
+        raise ConfigError("xpk is neither in .venv-xpk nor on PATH: docs/cluster.md installs it")
     return subprocess.run([program, *call[1:]], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except pyconfig.ConfigError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

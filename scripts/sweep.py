@@ -32,7 +32,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from MaxText import pyconfig
+from MaxText.config.checks import check_kd, check_keys
+from MaxText.config.files import load_layers, load_yml, resolved_keys
+from MaxText.config.keys import ConfigError, config_class, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")
@@ -40,7 +42,7 @@ SEED_KEYS = ("init_weights_seed", "data_shuffle_seed")
 COLUMNS = {"CE": "evaluation/ce_loss", "KL (T = 1)": "evaluation/kl_t1", "top-1 agreement": "evaluation/top1_agreement"}
 
 
-load_layers = functools.cache(pyconfig.load_layers)  # a second each
+load_layers = functools.cache(load_layers)  # a second each
 
 
 class Sweep(pydantic.BaseModel, extra="forbid"):
@@ -90,7 +92,7 @@ def settings(config: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """What yml files and overrides set, with the engine's defaults of what is read here."""
     defaults, files = load_layers(str(ROOT / config))
     user = omegaconf.OmegaConf.merge(files, omegaconf.OmegaConf.from_dotlist(list(overrides)))
-    return {key: defaults[key] for key in ("steps", "eval_interval")} | pyconfig.resolved_keys(defaults, user)
+    return {key: defaults[key] for key in ("steps", "eval_interval")} | resolved_keys(defaults, user)
 
 
 def text(value: Any) -> str:
@@ -103,13 +105,13 @@ def load(path: Path, overrides: Sequence[str]) -> list[Run]:
     Raises:
       ConfigError: the file is not one, or the trainer would refuse a run.
     """
-    keys = omegaconf.OmegaConf.to_container(pyconfig.load_yml(str(path)))
+    keys = omegaconf.OmegaConf.to_container(load_yml(str(path)))
     if missing := {"config", "grid"} - keys.keys():
-        raise pyconfig.ConfigError(f"{path}: is no sweep: no {' and no '.join(sorted(missing))} in it (docs/sweeps.md)")
+        raise ConfigError(f"{path}: is no sweep: no {' and no '.join(sorted(missing))} in it (docs/sweeps.md)")
     try:
         sweep = Sweep.model_validate(keys)
     except pydantic.ValidationError as error:
-        raise pyconfig.ConfigError(f"{path}: {pyconfig.describe(error)}") from None
+        raise ConfigError(f"{path}: {describe(error)}") from None
     common = sweep.keys | omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(overrides)))
     runs = []
     for corner in itertools.product(*(axis(key, values) for key, values in sweep.grid.items())):
@@ -129,18 +131,18 @@ def axis(key: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[
 
 
 def check(path: Path, runs: list[Run]) -> None:
-    schema, names = pyconfig.config_class(), [run.name for run in runs]
+    schema, names = config_class(), [run.name for run in runs]
     for run in {run.point: run for run in runs}.values():
         try:
-            pyconfig.check_keys(run.settings, schema)
-            pyconfig.check_kd(run.settings)
+            check_keys(run.settings, schema)
+            check_kd(run.settings)
             for key, why in (("steps", "whole numbers from 1 on"), ("eval_interval", "evaluations are compared")):
                 if not isinstance(run.settings[key], int) or run.settings[key] <= 0:
-                    raise pyconfig.ConfigError(f"{key}={run.settings[key]}: {why}")
+                    raise ConfigError(f"{key}={run.settings[key]}: {why}")
             if names.count(run.name) > 1:
-                raise pyconfig.ConfigError("two points or seeds have one name")
-        except pyconfig.ConfigError as error:
-            raise pyconfig.ConfigError(f"{path}: {run.point}: {error}") from None
+                raise ConfigError("two points or seeds have one name")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {run.point}: {error}") from None
 
 
 def select(runs: list[Run], patterns: Sequence[str]) -> list[Run]:
@@ -149,9 +151,7 @@ def select(runs: list[Run], patterns: Sequence[str]) -> list[Run]:
         return runs
     chosen = [run for run in runs if any(fnmatch.fnmatch(name, p) for name in (run.name, run.point) for p in patterns)]
     if not chosen:
-        raise pyconfig.ConfigError(
-            f"--only {' '.join(patterns)}: none of {', '.join(dict.fromkeys(r.point for r in runs))}"
-        )
+        raise ConfigError(f"--only {' '.join(patterns)}: none of {', '.join(dict.fromkeys(r.point for r in runs))}")
     return chosen
 
 
@@ -166,7 +166,7 @@ def claim(run: Run, out: Path) -> None:
     """Notes in the run's folder what is run there, and refuses a folder where something else was."""
     path, wanted = ROOT / out / run.name / "sweep.json", json.dumps(run.settings, indent=2, sort_keys=True) + "\n"
     if path.exists() and path.read_text() != wanted:
-        raise pyconfig.ConfigError(f"{path.parent}: holds a run with other settings: remove it, or set --out")
+        raise ConfigError(f"{path.parent}: holds a run with other settings: remove it, or set --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(wanted)
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except pyconfig.ConfigError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

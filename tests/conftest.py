@@ -40,12 +40,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 ENGINE = [
     "maxtext.trainers.pre_train.train",
     "MaxText.train",
-    "MaxText.heads",
-    "MaxText.metrics",
-    "MaxText.report",
-    "MaxText.step",
-    "MaxText.student",
-    "MaxText.teacher",
+    "MaxText.loop.header",
+    "MaxText.loop.metrics",
+    "MaxText.loop.step",
+    "MaxText.models.student",
+    "MaxText.models.teacher",
 ]
 
 

@@ -7,16 +7,21 @@ import jax
 import numpy as np
 from conftest import SMOKE
 
-from MaxText import heads, pyconfig, step, train, upstream
-from MaxText import student as student_lib
-from MaxText import teacher as teacher_lib
+from MaxText import train, upstream
+from MaxText.config import resolve
+from MaxText.config.resolve import Run
+from MaxText.config.teacher import resolve_teacher
+from MaxText.loop import step
+from MaxText.models import heads
+from MaxText.models import student as student_lib
+from MaxText.models import teacher as teacher_lib
 
 
 @dataclasses.dataclass
 class Lab:
     """What `train.main` holds before its loop."""
 
-    run: pyconfig.Run
+    run: Run
     student: Any
     teacher: Any
 
@@ -34,9 +39,9 @@ def make(folder: Any, teacher: str, **keys: Any) -> Lab:
     """The smoke run with `keys`, distilled from the checkpoint at `teacher`."""
     keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "base_output_directory": folder} | keys
     keys = {"metrics_file": "", "enable_checkpointing": "false"} | keys
-    run = pyconfig.initialize(["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())])
+    run = resolve.initialize(["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())])
     checkpoint = teacher_lib.find_checkpoint(run.kd.kd_teacher_parameters_path)
-    config = pyconfig.teacher_config(run, checkpoint.scan_layers)
+    config = resolve_teacher(run, checkpoint.scan_layers)
     recorder = upstream.start_engine(run.student)
     student = student_lib.set_up(run.student, recorder)
     return Lab(

@@ -14,7 +14,8 @@ from conftest import ROOT, SMOKE
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
-from MaxText import pyconfig, upstream
+from MaxText import upstream
+from MaxText.config import resolve
 
 # What is called -> the names of the arguments that are given by position; after "|", of those given by keyword.
 CALLS = {
@@ -273,7 +274,7 @@ def test_the_set_up_returns_what_is_unpacked_in_that_order():
 
 @pytest.mark.e2e
 def test_a_decoder_that_tiles_the_vocabulary_reports_hidden_states_and_no_logits(tmp_path):
-    config = pyconfig.initialize(["train.py", SMOKE, f"base_output_directory={tmp_path}"]).student
+    config = resolve.initialize(["train.py", SMOKE, f"base_output_directory={tmp_path}"]).student
     mesh = upstream.maxtext_utils.get_mesh_from_config(config)
     shape = (config.micro_batch_size_to_train_on, config.max_target_length)
     tokens = jnp.ones(shape, jnp.int32)

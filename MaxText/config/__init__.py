@@ -1,0 +1,1 @@
+"""From yml files and the command line to checked settings: student, teacher, distillation."""

@@ -1,0 +1,176 @@
+"""What is wrong with settings that are each well formed: keys that nobody knows, values that do not go together.
+
+Each check raises ConfigError, which names the key, the value and what is allowed. Left out on purpose: what only the
+teacher's checkpoint can tell (models/teacher.py).
+"""
+
+import contextlib
+import pathlib
+from typing import Any
+
+import pydantic
+
+from MaxText import upstream
+from MaxText.config.files import CONFIGS, load_yml
+from MaxText.config.keys import ConfigError, Distillation, KDKeys, describe
+from MaxText.config.presets import preset_folder, suggestion
+
+# Upstream branches its train step and its loop on these; under use_kd those are ours, and what ours does not carry is
+# refused by name. Each entry: key -> the values that are fine.
+REFUSED_WITH_KD: dict[str, tuple] = {
+    "attention_type": ("global", "local_sliding", "chunk", "mla", "full", "compressed"),
+    "compiled_trainstep_file": ("",),
+    "dcn_pipeline_parallelism": (1,),
+    "elastic_enabled": (False,),
+    "enable_diloco": (False,),
+    "enable_mllog": (False,),
+    "ici_pipeline_parallelism": (1,),
+    "log_required_ragged_buffer_factor": (False,),
+    "log_moe_bias_norms": (False,),
+    "log_step_diagnostics": (False,),
+    "moe_dropless_fallback": ("none", "", None),
+    "moe_log_max_load_ratio": (False,),
+    "optimizer_memory_host_offload": (False,),
+    "parameter_memory_host_offload": (False,),
+    "shard_mode": ("auto",),
+    "te_moe_block": (False,),
+    "training_objective": ("causal_lm",),
+    "use_dpo": (False,),
+    "use_indexer": (False,),
+    "use_multimodal": (False,),
+    "use_tunix_gradient_accumulation": (False,),
+    "warmup_programs_in_init": (False,),
+}
+
+
+def check_keys(user: dict[str, Any], schema: type[pydantic.BaseModel], inside: str = "") -> None:
+    known = upstream.known_keys(schema)
+    for key in user:
+        if key not in known:
+            raise ConfigError(f"{inside}{key}={user[key]!r}: no such key{suggestion(str(key), known)}")
+
+
+def check_kd(user: dict[str, Any]) -> KDKeys:
+    """Checks the kd_* keys alone: their errors need neither the engine nor a device."""
+    defaults = load_yml(str(CONFIGS / "base.yml"))
+    values = {key: user.get(key, defaults[key]) for key in KDKeys.model_fields}
+    try:
+        kd = Distillation(**values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(describe(error)) from None
+    if kd.kd_top_k > 0 and kd.kd_top_p > 0:
+        raise ConfigError(f"kd_top_k={kd.kd_top_k} kd_top_p={kd.kd_top_p}: set one of the two and leave the other 0")
+    if kd.use_kd and not kd.kd_teacher_parameters_path:
+        raise ConfigError(
+            "kd_teacher_parameters_path='': use_kd=true needs the teacher's checkpoint, a local path or gs://"
+        )
+    for quantity in ("kd_alpha", "kd_temperature"):
+        check_schedule_keys(quantity, kd)
+    return kd
+
+
+# The form of a schedule -> which of its _start and _end it reads: at least one of them, and of linear and cosine all.
+SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "linear": ("end",),
+    "cosine": ("end",),
+    "wsd": ("start", "end"),
+}
+
+
+def check_schedule_keys(quantity: str, kd: KDKeys) -> None:
+    form = getattr(kd, f"{quantity}_schedule")
+    given = [part for part in ("start", "end") if getattr(kd, f"{quantity}_{part}") is not None]
+    for part in given:
+        if part not in SCHEDULE_KEYS[form]:
+            readers = " or ".join(name for name, parts in SCHEDULE_KEYS.items() if part in parts)
+            key = f"{quantity}_{part}"
+            raise ConfigError(
+                f"{key}={getattr(kd, key)}: {quantity}_schedule={form} does not read it; it belongs to {readers}"
+            )
+    if SCHEDULE_KEYS[form] and not given:
+        needed = " or ".join(f"{quantity}_{part}" for part in SCHEDULE_KEYS[form])
+        raise ConfigError(f"{quantity}_schedule={form}: needs {needed}")
+
+
+def check_schedule_phases(quantity: str, kd: KDKeys, student: Any) -> None:
+    """wsd follows the phases of the learning rate; each that it moves in must exist."""
+    key = f"{quantity}_schedule"
+    if getattr(kd, key) != "wsd":
+        return
+    kind = student.lr_schedule_type
+    if getattr(kind, "value", kind) != "wsd":
+        raise ConfigError(
+            f"{key}=wsd lr_schedule_type={getattr(kind, 'value', kind)}: the learning rate has no such phases; set "
+            f"lr_schedule_type=wsd, or {key} to linear or cosine"
+        )
+    phases = upstream.wsd_phases(student)
+    for part, name, steps, fraction in (
+        ("start", "warm-up", phases.warmup, "warmup_steps_fraction"),
+        ("end", "decay", phases.decay, "wsd_decay_steps_fraction"),
+    ):
+        moved = f"{quantity}_{part}"
+        if getattr(kd, moved) is not None and steps == 0:
+            raise ConfigError(
+                f"{moved}={getattr(kd, moved)} {fraction}={getattr(student, fraction)}: the learning rate's {name} has "
+                f"no step out of {student.learning_rate_schedule_steps} (learning_rate_schedule_steps)"
+            )
+
+
+def refusable(settings: dict[str, Any], schema: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """The settings of REFUSED_WITH_KD, as their key's type; where a value is of another, the engine says so."""
+    found = {}
+    for key in settings.keys() & REFUSED_WITH_KD.keys():
+        kind: Any = schema.model_fields[key].annotation
+        with contextlib.suppress(pydantic.ValidationError):
+            found[key] = pydantic.TypeAdapter(kind).validate_python(settings[key])
+    return found
+
+
+def check_refused(settings: dict[str, Any]) -> None:
+    for key, fine in REFUSED_WITH_KD.items():
+        value = settings.get(key, fine[0])
+        value = getattr(value, "value", value)
+        if value not in fine:
+            allowed = [repr(other) for other in fine if other not in ("", None)] or [repr(fine[0])]
+            raise ConfigError(
+                f"{key}={value!r}: not supported together with use_kd=true; allowed is {' or '.join(allowed)}"
+            )
+
+
+def check_run(student: Any) -> None:
+    if "://" in (student.metrics_file or ""):
+        raise ConfigError(f"metrics_file={student.metrics_file!r}: a local path is expected")
+    if student.dataset_type == "synthetic" and student.eval_interval > 0 and student.eval_steps <= 0:
+        raise ConfigError(f"eval_steps={student.eval_steps}: synthetic data never ends; set the batches to evaluate on")
+    if student.dataset_type == "hf" and student.eval_interval > 0 and student.grain_worker_count == 0:
+        raise ConfigError("grain_worker_count=0: with dataset_type=hf evaluation data is read once only; 1 is allowed")
+    if student.elastic_enabled and not student.use_kd:
+        raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
+
+
+def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.BaseModel], folder: pathlib.Path) -> None:
+    check_keys(kd.kd_teacher_overrides, schema, inside="kd_teacher_overrides: ")
+    if kd.kd_teacher_model_name:
+        preset_folder("kd_teacher_model_name", kd.kd_teacher_model_name, folder)
+    if kd.kd_vocab_size > student.vocab_size:
+        raise ConfigError(f"kd_vocab_size={kd.kd_vocab_size}: at most the student's vocab_size, {student.vocab_size}")
+    if kd.kd_top_k > (kd.kd_vocab_size or student.vocab_size):
+        shared = f"kd_vocab_size, {kd.kd_vocab_size}" if kd.kd_vocab_size else f"vocab_size, {student.vocab_size}"
+        raise ConfigError(f"kd_top_k={kd.kd_top_k}: at most {shared}")
+    if kd.kd_mtp_alpha > 0 and student.mtp_num_layers == 0:
+        raise ConfigError(
+            f"kd_mtp_alpha={kd.kd_mtp_alpha} mtp_num_layers=0: the student has no MTP head to distil into"
+        )
+    if kd.kd_mtp_alpha > 0 and not kd.teacher_in_step:
+        raise ConfigError(f"kd_mtp_alpha={kd.kd_mtp_alpha} kd_alpha=0: kd_alpha=0 leaves the teacher out of the step")
+    for quantity in ("kd_alpha", "kd_temperature"):
+        check_schedule_phases(quantity, kd, student)
+    check_refused({key: getattr(student, key) for key in REFUSED_WITH_KD})
+    if student.lora.enable_lora:
+        raise ConfigError("lora.enable_lora=True: not supported together with use_kd=true; allowed is False")
+    if student.quantization and "fp8" in student.quantization:
+        raise ConfigError(
+            f"quantization={student.quantization!r}: fp8 keeps a state of its own that use_kd=true does not carry; "
+            "allowed is '' or an int8 recipe"
+        )

@@ -1,0 +1,19 @@
+"""The settings that say where the data lies."""
+
+from typing import Any
+
+# The keys that say where the data lies, by dataset_type.
+DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "grain": ("grain_file_type", "grain_train_files", "grain_eval_files", "grain_train_mixture_config_path"),
+    "hf": ("hf_path", "hf_name", "hf_data_dir", "hf_train_files", "hf_eval_files"),
+    "olmo_grain": ("olmo_index_path",),
+    "tfds": ("dataset_path", "dataset_name", "eval_dataset_name"),
+    "c4_mlperf": ("dataset_path", "dataset_name", "eval_dataset_name"),
+}
+
+
+def data_settings(config: Any) -> str:
+    """What says where the data lies, as key=value ...: for errors about it."""
+    kind = getattr(config.dataset_type, "value", config.dataset_type)
+    values = {"dataset_type": kind} | {key: getattr(config, key) for key in DATA_KEYS.get(kind, ())}
+    return " ".join(f"{key}={value!r}" for key, value in values.items() if value)

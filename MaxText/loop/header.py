@@ -1,0 +1,83 @@
+"""What the console says before the first step: what is trained, from what, on what."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from MaxText.config.keys import Distillation
+from MaxText.config.resolve import Run
+from MaxText.console import readable, say
+from MaxText.models import heads
+
+
+def header(run: Run, student: Any, teacher: Any) -> None:
+    """Prints the run in a few lines."""
+    config, kd = run.student, run.kd
+    tokens = config.global_batch_size_to_train_on * config.max_target_length
+    left = config.steps - student.start_step
+    lines = [
+        ("run", f"{config.run_name}: {steps_text(student.start_step, config.steps)}"),
+        ("student", model_text(config, nnx.state(student.state, nnx.Param))),
+    ]
+    if teacher is not None:
+        at = "" if teacher.checkpoint.step is None else f", step {teacher.checkpoint.step}"
+        lines.append(("teacher", model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))
+        lines.append(("", f"from {teacher.checkpoint.root}{at}"))
+    lines.append(("loss", loss_text(kd)))
+    if kd.use_kd:
+        size = heads.block_size(student.mesh, config, kd)
+        lines.append(("", f"in blocks of {readable(size)} tokens per device (kd_block_mib {kd.kd_block_mib})"))
+    lines.append(("tokens", f"{readable(tokens)} a step, {readable(tokens * left)} to go; {data_text(config)}"))
+    lines.append(("devices", layout_text(student.mesh)))
+    say("\n".join(f"{title:>8}  {text}" for title, text in lines))
+
+
+def steps_text(start: int, steps: int) -> str:
+    return f"steps {start} to {steps - 1}" + (" (resumed)" if start else "")
+
+
+def model_text(config: Any, params: nnx.State) -> str:
+    leaves = jax.tree.leaves(params)
+    held = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    name = config.model_name if config.model_name != "default" else f"{config.decoder_block.value} (no preset)"
+    layers = f"{config.num_decoder_layers} layers x {config.emb_dim}"
+    count = readable(sum(leaf.size for leaf in leaves))
+    return f"{name}, {layers}, {count} parameters held in {held}, computed in {config.dtype}"
+
+
+def loss_text(kd: Distillation) -> str:
+    if not kd.use_kd:
+        return "cross-entropy (use_kd=false)"
+    if not kd.teacher_in_step:
+        return "cross-entropy (kd_alpha=0); the teacher serves evaluation alone"
+    kept = f"the {kd.kd_vocab_size} shared tokens" if kd.kd_vocab_size else "the whole vocabulary"
+    if kd.truncates:
+        size = f"top {kd.kd_top_k}" if kd.kd_top_k else f"top-p {kd.kd_top_p:g}"
+        kept = f"the teacher's {size} ({kd.kd_truncation_strategy})"
+    weights = f"{1 - kd.kd_alpha:g} CE + {kd.kd_alpha:g}"
+    course = schedule_text(kd.kd_alpha_schedule, kd.kd_alpha_start, kd.kd_alpha, kd.kd_alpha_end)
+    alpha = ""
+    if kd.kd_alpha_schedule != "constant":
+        weights, alpha = "(1 - a) CE + a", f", a = {course}"
+    course = schedule_text(
+        kd.kd_temperature_schedule, kd.kd_temperature_start, kd.kd_temperature, kd.kd_temperature_end
+    )
+    return f"{weights} T^2 KL(teacher || student) over {kept}{alpha}, T = {course}"
+
+
+def schedule_text(form: str, start: float | None, value: float, end: float | None) -> str:
+    """The values that a schedule leads through, in order, and its form."""
+    values = " to ".join(f"{x:g}" for x in (start, value, end) if x is not None)
+    return values if form == "constant" else f"{values} ({form})"
+
+
+def data_text(config: Any) -> str:
+    return (
+        f"{getattr(config.dataset_type, 'value', config.dataset_type)} data, {config.max_target_length} positions a row"
+    )
+
+
+def layout_text(mesh: jax.sharding.Mesh) -> str:
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})"

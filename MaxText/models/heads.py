@@ -1,0 +1,241 @@
+"""Where MaxText's decoders meet the blockwise loss: hidden states out, heads as arrays, tokens and vocabulary sharded.
+
+A decoder here ends in its final norm. What follows (matrix, scale, soft cap, casts) is a projection function that the
+loss calls on blocks of tokens inside `jax.shard_map`. Under tensor parallelism the vocabulary stays sharded. Over the
+axes that shard the tokens, what is smaller travels: either each device walks its own tokens, with heads gathered once
+before the walk and their gradient reduced once after it; or heads stay sharded, and each block's hidden states are
+gathered.
+"""
+
+# B batch, L positions, N tokens of one device, n tokens of a block, D width, V vocabulary
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from MaxText import upstream
+from MaxText.config.keys import Distillation
+from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill.kd_loss import KDSums
+
+MTP_HIDDEN_STATES = "mtp_hidden_states"  # what a decoder reports them as
+
+
+def ends_in_hidden_states(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.GraphDef:
+    """The same graph, whose decoder reports its last hidden states, and those of MTP layers, and projects nothing.
+
+    MaxText's decoders do so for a loss that tiles the vocabulary; the switch is in the decoder's settings alone, and
+    the state's structure does not depend on it.
+    """
+    root = nnx.merge(graphdef, state)
+    model = root.model if hasattr(root, "model") else root
+    model.decoder.config = upstream.with_vocab_tiling(model.decoder.config)
+    if model.config.mtp_num_layers > 0:
+        decoder: Any = type(model.decoder)
+        model.decoder.__class__ = reporting(decoder)
+    return nnx.graphdef(root)
+
+
+@functools.cache
+def reporting(decoder: Any) -> Any:
+    """The decoder's class, whose output head reports what an MTP layer gives it instead of projecting it."""
+
+    class Reporting(decoder):
+        def apply_output_head(self, shared_embedding, y, deterministic, model_mode, normalize_y=True):
+            if normalize_y:  # the model's own logits
+                return super().apply_output_head(shared_embedding, y, deterministic, model_mode)
+            before = getattr(self, MTP_HIDDEN_STATES).get_value() if hasattr(self, MTP_HIDDEN_STATES) else ()
+            states = (*before, self.dropout(y, deterministic=deterministic))
+            setattr(self, MTP_HIDDEN_STATES, nnx.Intermediate(states))
+            return jnp.zeros((*y.shape[:-1], self.config.vocab_size), y.dtype)  # read by nothing that is read
+
+    return Reporting
+
+
+def normed_hidden_states(model: nnx.Module, reported: dict[str, Any], enable_dropout: bool) -> Float[Array, "B L D"]:
+    """What the head's matrix is applied to. The norm is outside the blocks: it is cheap, and its gradient is jax's."""
+    decoder = model.decoder
+    (hidden,) = reported["decoder"].pop("hidden_states")
+    return decoder.dropout(decoder.decoder_norm(hidden), deterministic=not enable_dropout)
+
+
+def head_of(model: nnx.Module, config: Any) -> Float[Array, "..."]:
+    """The head's matrix: [V, D] where it is the embedding table, else [D, V]."""
+    if config.logits_via_embedding:
+        return model.token_embedder.embedding.get_value()
+    return model.decoder.logits_dense.kernel.get_value()
+
+
+def project(config: Any, head: Float[Array, "..."], hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+    """Logits of MaxText's `apply_output_head` after its norm and dropout, on one device, for a head sharded over V."""
+    dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
+    if config.logits_via_embedding:
+        logits = upstream.embeddings.attend_on_embedding(hidden, head, dtype, config)
+        if config.normalize_embedding_logits:
+            logits = logits / jnp.sqrt(hidden.shape[-1])
+        if config.final_logits_soft_cap:
+            logits = jnp.tanh(logits / config.final_logits_soft_cap) * config.final_logits_soft_cap
+    else:
+        logits = jnp.dot(hidden.astype(dtype), head.astype(dtype), precision=config.matmul_precision)
+    return logits.astype(jnp.float32) if config.cast_logits_to_fp32 else logits
+
+
+def of_no_width(head: Float[Array, "0 V"], hidden: Float[Array, "n 0"]) -> Float[Array, "n V"]:
+    """The logits of a teacher that knows nothing: zeros."""
+    return hidden @ head
+
+
+def block_tokens(vocabulary: int, kd: Distillation) -> int:
+    """Tokens of a block whose float32 logits, in the copies that the loss holds at once, fill kd_block_mib."""
+    copies = 4 if 0 < kd.kd_top_p < 1 else 3
+    tokens = kd.kd_block_mib * 2**20 // (4 * copies * vocabulary)
+    return max(8, tokens - tokens % 128 if tokens >= 128 else tokens - tokens % 8)
+
+
+def block_size(mesh: Mesh, config: Any, kd: Distillation) -> int:
+    """Tokens of a block in the train step: what kd_block_mib allows, at most all that a device has."""
+    shape = (config.micro_batch_size_to_train_on, config.max_target_length)
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        layout = Layout(mesh, shape, config.vocab_size)
+    return min(block_tokens(layout.vocab_share, kd), math.prod(shape) // size(mesh, layout.token_axes))
+
+
+class Layout:
+    """How a batch's tokens and the heads' vocabulary lie on the mesh, by the logical axis rules in force.
+
+    Attributes:
+      tokens: PartitionSpec of an array [B, L].
+      token_axes: the mesh axes that shard tokens.
+      vocab_axes: the mesh axes that shard the vocabulary; empty where it is whole on each device.
+      pooled_axes: those of vocab_axes that shard the tokens too: blocks are gathered over them, heads are not.
+      vocab_share: tokens of the vocabulary that a device has logits of, per token of its own in a block.
+    """
+
+    def __init__(self, mesh: Mesh, shape: tuple[int, ...], vocabulary: int):
+        names = ("activation_embed_and_logits_batch", "activation_length")
+        spec: Any = upstream.sharding.create_sharding(mesh, names).spec
+        axes = [dividing(mesh, entry, length) for entry, length in zip((*spec, None, None), shape, strict=False)]
+        self.tokens = PartitionSpec(*(entry or None for entry in axes))
+        self.token_axes = axes[0] + axes[1]
+        split = as_tuple(first_entry(mesh, "activation_vocab"))
+        tensor_axes = dividing(mesh, tuple(axis for axis in split if axis not in self.token_axes), vocabulary)
+        self.vocab_share = vocabulary // size(mesh, tensor_axes)
+        # The axes that shard a parameter's width. Gathering a head over them moves, per device, the vocabulary's rows;
+        # gathering hidden states moves the tokens' rows, of the same widths. (Reduced gradients are of one size too.)
+        stored = as_tuple(first_entry(mesh, "embed"))
+        pooled = dividing(mesh, tuple(axis for axis in self.token_axes if axis in stored), self.vocab_share)
+        pooled_tokens = math.prod(shape) // size(mesh, self.token_axes) * size(mesh, pooled)
+        self.pooled_axes = pooled if pooled_tokens <= self.vocab_share else ()
+        self.vocab_axes = tensor_axes + self.pooled_axes
+
+    def head(self, config: Any) -> PartitionSpec:
+        vocab = self.vocab_axes or None
+        return PartitionSpec(vocab, None) if config.logits_via_embedding else PartitionSpec(None, vocab)
+
+
+def first_entry(mesh: Mesh, name: str) -> Any:
+    """What shards an array's axis of this logical name."""
+    spec: Any = upstream.sharding.create_sharding(mesh, (name,)).spec
+    return (*spec, None)[0]
+
+
+def size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def as_tuple(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def dividing(mesh: Mesh, entry: Any, length: int) -> tuple[str, ...]:
+    """The axes of a PartitionSpec's entry that are larger than one, up to where they stop dividing `length`."""
+    taken: tuple[str, ...] = ()
+    for axis in as_tuple(entry):
+        if mesh.shape[axis] > 1:
+            if length % (size(mesh, taken) * mesh.shape[axis]):
+                break
+            taken += (axis,)
+    return taken
+
+
+def kd_objective(
+    mesh: Mesh,
+    kd: Distillation,
+    student: tuple[Any, Float[Array, "..."], Float[Array, "B L D"]],
+    teacher: tuple[Any, Float[Array, "..."], Float[Array, "B L E"]] | None,
+    targets: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    alpha: Float[Array, ""],
+    temperature: Float[Array, ""],
+    z_weight: float,
+    evaluation: bool,
+) -> tuple[Float[Array, ""], KDSums]:
+    """`blockwise_kd` over all devices' tokens.
+
+    Args:
+      mesh: the run's mesh.
+      kd: the distillation settings.
+      student: its configuration, head and normed hidden states.
+      teacher: likewise; no gradient reaches it. None: cross-entropy alone is asked for, and alpha is 0.
+      targets, mask: token ids, and True where they count.
+      alpha, temperature: of the step at hand.
+      z_weight: weight of the squared log-sum-exp of the student's logits.
+      evaluation: also sum the full-vocabulary KL at T = 1 and the agreement.
+
+    Returns:
+      The objective's sum over all valid positions, and the sums it is made of.
+    """
+    layout = Layout(mesh, targets.shape, student[0].vocab_size)
+    if teacher is None:  # one of width 0: its logits are all alike, and no product makes them
+        kd = kd.model_copy(update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0})
+        teacher_project: Callable = of_no_width
+        teacher_head, teacher_hidden = jnp.zeros((0, student[0].vocab_size)), jnp.zeros((*targets.shape, 0))
+        teacher_spec = PartitionSpec(None, layout.vocab_axes or None)
+    else:
+        teacher_config, teacher_head, teacher_hidden = teacher
+        teacher_project = functools.partial(project, teacher_config)
+        teacher_spec = layout.head(teacher_config)
+    axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
+    walk: Callable = functools.partial(
+        blockwise_kd,
+        student_project=functools.partial(project, student[0]),
+        teacher_project=teacher_project,
+        z_weight=z_weight,
+        top_k=kd.kd_top_k,
+        top_p=kd.kd_top_p,
+        truncation_strategy=kd.kd_truncation_strategy,
+        shared_vocabulary=kd.kd_vocab_size,
+        block_size=block_tokens(layout.vocab_share, kd),
+        evaluation=evaluation,
+        vocab_axis=layout.vocab_axes,
+        pooled_axis=layout.pooled_axes,
+    )
+
+    def local(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
+        arrays = flat(student_hidden), student_head, flat(teacher_hidden), teacher_head, flat(targets), flat(mask)
+        result = walk(*arrays, alpha=alpha, temperature=temperature)
+        return jax.lax.psum(result, axes) if axes else result
+
+    rows = layout.tokens
+    hidden = PartitionSpec(*rows, None)
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(hidden, layout.head(student[0]), hidden, teacher_spec, rows, rows, PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    return sharded(student[2], student[1], teacher_hidden, teacher_head, targets, mask, alpha, temperature)
+
+
+def flat(x: Array) -> Array:
+    """[B, L, ...] -> [N, ...]"""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # the width may be 0

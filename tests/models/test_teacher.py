@@ -1,0 +1,94 @@
+"""Laws of the teacher's checkpoint: what is found, what is restored, and that all of it is."""
+
+import shutil
+
+import jax
+import lab as lab_lib
+import numpy as np
+import pytest
+from flax import nnx
+from orbax.checkpoint.experimental import v1 as ocp
+
+from MaxText.models import teacher as teacher_lib
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_checkpoints_folder_means_its_newest_step(teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "run")
+    shutil.copytree(f"{teacher}/5", tmp_path / "run/12")
+    assert teacher_lib.find_checkpoint(str(tmp_path / "run")).step == 12
+    assert teacher_lib.find_checkpoint(f"{tmp_path}/run/5/items").step == 5
+    assert teacher_lib.find_checkpoint(f"{tmp_path}/run/5").step == 5
+
+
+def test_the_restored_teacher_is_the_trained_one_bit_for_bit(tmp_path, teacher):
+    lab = lab_lib.make(tmp_path, f"{teacher}/5/items")
+    stored = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]["params"]
+    restored = nnx.filter_state(lab.teacher.state, nnx.Param).to_pure_dict()
+    jax.tree.map(np.testing.assert_array_equal, stored, restored)
+
+
+def test_a_parameters_only_checkpoint_is_the_same_teacher(tmp_path, teacher):
+    stored = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]
+    teacher_lib.upstream.checkpointing.save_params_to_path(str(tmp_path / "params_only"), stored)
+    first = lab_lib.make(tmp_path, f"{teacher}/5").teacher.state
+    second = lab_lib.make(tmp_path, str(tmp_path / "params_only" / "items")).teacher.state
+    leaves = [jax.tree.leaves(nnx.filter_state(state, nnx.Param)) for state in (first, second)]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+def test_the_teacher_is_held_as_asked(tmp_path, teacher, dtype):
+    state = nnx.filter_state(lab_lib.make(tmp_path, teacher, kd_teacher_dtype=dtype).teacher.state, nnx.Param)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {dtype or "float32"}
+
+
+@pytest.mark.parametrize(
+    ("names", "scanned"),
+    [
+        (["decoder/layers/mlp/wi_0/kernel"], True),
+        (["decoder/layers_0/mlp/wi_0/kernel"], False),
+        (["decoder/moe_layers/gate/kernel", "decoder/dense_layers/mlp/wo/kernel"], True),
+        (["decoder/dense_layers_0/mlp/wo/kernel", "decoder/moe_layers_0/gate/kernel"], False),
+        (["decoder/layers/layers_5/mlp/wo/kernel", "vision_encoder/layers_0/kernel"], True),  # blocks of unlike layers
+    ],
+)
+def test_the_names_below_the_decoder_tell_whether_layers_are_scanned(names, scanned):
+    arrays = {tuple(name.split("/")): ((), (), None) for name in names}
+    assert teacher_lib.Checkpoint(root=None, step=None, arrays=arrays).scan_layers is scanned
+
+
+@pytest.mark.parametrize(("scan_layers", "microbatches"), [("true", 2), ("false", 1)])
+def test_router_biases_come_back_although_they_are_no_parameters(train, teacher, tmp_path, scan_layers, microbatches):
+    experts = {"sparse_matmul": "false", "megablox": "false"}
+    moe = train(  # a mixture of experts, distilled from a dense teacher: its routers' biases move at each step
+        f"deepseek_{scan_layers}",
+        **experts,
+        gradient_accumulation_steps=microbatches,
+        per_device_batch_size=4 // microbatches,
+        model_name="deepseek3-mini",
+        scan_layers=scan_layers,
+        use_kd="true",
+        kd_teacher_model_name="tiny-llama",
+        kd_teacher_parameters_path=teacher,
+    )
+    for row in moe.rows():
+        parts = 0.5 * row["learning/ce_loss"] + 0.5 * row["learning/kd_loss"] + row["learning/moe_lb_loss"]
+        assert row["learning/loss"] == pytest.approx(parts, rel=1e-5)
+    checkpoints = moe.folder / "checkpoints"
+    held = {"kd_teacher_model_name": "deepseek3-mini", "kd_teacher_dtype": "bfloat16"}
+    lab = lab_lib.make(tmp_path, str(checkpoints), **experts, **held)
+    leaves = nnx.to_flat_state(lab.teacher.state)
+    assert {leaf.get_value().dtype for _, leaf in leaves if isinstance(leaf, nnx.Param)} == {
+        np.dtype(jax.numpy.bfloat16)
+    }
+    restored = {path: np.asarray(leaf.get_value()) for path, leaf in leaves if "bias" in path}
+    stored = nnx.traversals.flatten_mapping(
+        ocp.load(checkpoints / "5", checkpointable_name="items")["nnx_aux"]["model"]
+    )
+    biases = {path: value for path, value in stored.items() if path[-1] == "bias"}
+    assert len(biases) == (1 if scan_layers == "true" else 2)
+    for path, value in biases.items():
+        assert np.any(value) and np.max(np.abs(value)) <= 6 * 0.0101  # six steps of the update rate at most
+        np.testing.assert_array_equal(restored[path], value)  # in float32, whatever parameters are held in

@@ -30,6 +30,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import say, waiting
 
 with epy.lazy_imports():
+    from MaxText.data.evaluation import read_whole
     from MaxText.loop import failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
-        with upstream.monitored(config, recorder), student_lib.refusals_as_config_errors(config):
+        with upstream.monitored(config, recorder), student_lib.refusals_as_config_errors(config), read_whole():
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
@@ -324,7 +325,6 @@ def evaluate(
         with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules_for_eval):
             sums = steps.evaluate(state, batch)
         logger.buffer_and_write_metrics(sums, count - 1, NO_TIME, is_training=False)
-        # Before the next fetch: hosts whose data has ended would wait for one that goes on.
         if 0 < config.eval_steps <= count:
             break
     if count == 0:

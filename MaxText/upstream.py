@@ -29,7 +29,13 @@ with epy.lazy_imports():
     import pathwaysutils
     from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler, train_state_nnx
     from maxtext.configs import pyconfig, types
-    from maxtext.input_pipeline import input_pipeline_interface, tokenizer
+    from maxtext.input_pipeline import (
+        hf_data_processing,
+        input_pipeline_interface,
+        multihost_dataloading,
+        tfds_data_processing,
+        tokenizer,
+    )
     from maxtext.layers import embeddings, moe, multi_token_prediction
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
@@ -86,12 +92,17 @@ def is_about_the_cluster(error: Exception) -> bool:
     return any(frame.f_code is joining for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
+def with_settings(config: Any, **changed: Any) -> Any:
+    """The same settings but for these, which nothing checks or derives others from."""
+    return pyconfig.HyperParameters(config._pydantic_config.model_copy(update=changed))
+
+
 def with_vocab_tiling(config: Any) -> Any:
     """The same settings, under which a decoder reports its last hidden states instead of projecting them.
 
     Any number above 1 does; upstream tiles by it, this project's loss does not read it.
     """
-    return pyconfig.HyperParameters(config._pydantic_config.model_copy(update={"num_vocab_tiling": 2}))
+    return with_settings(config, num_vocab_tiling=2)
 
 
 def without_mesh_axes(config: Any, names: set[str]) -> Any:
@@ -100,7 +111,7 @@ def without_mesh_axes(config: Any, names: set[str]) -> Any:
         key: [(name, () if name in names else axes) for name, axes in getattr(config, key)]
         for key in ("logical_axis_rules", "logical_axis_rules_for_eval")
     }
-    return pyconfig.HyperParameters(config._pydantic_config.model_copy(update=rules))
+    return with_settings(config, **rules)
 
 
 def preset_folders() -> list[str]:

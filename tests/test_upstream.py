@@ -233,7 +233,7 @@ def test_a_function_does_within_itself_what_is_relied_on(name):
     assert not missing, f"{name} no longer holds {missing}"
 
 
-FILES = [*ROOT.glob("MaxText/*.py"), *ROOT.glob("scripts/*.py")]
+FILES = [*ROOT.glob("MaxText/**/*.py"), *ROOT.glob("scripts/**/*.py")]
 
 
 def uses(file):

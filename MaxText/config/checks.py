@@ -145,6 +145,11 @@ def check_run(student: Any) -> None:
         raise ConfigError(f"eval_steps={student.eval_steps}: synthetic data never ends; set the batches to evaluate on")
     if student.dataset_type == "hf" and student.eval_interval > 0 and student.grain_worker_count == 0:
         raise ConfigError("grain_worker_count=0: with dataset_type=hf evaluation data is read once only; 1 is allowed")
+    if student.expansion_factor_real_data > 1 and student.eval_interval > 0:
+        raise ConfigError(
+            f"expansion_factor_real_data={student.expansion_factor_real_data} eval_interval={student.eval_interval}: "
+            "hosts that read no data cannot evaluate on it; allowed is one of the two"
+        )
     if student.elastic_enabled and not student.use_kd:
         raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
 

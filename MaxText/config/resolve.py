@@ -65,6 +65,9 @@ def initialize(argv: list[str]) -> Run:
     upstream.prepare_runtime()
     student = resolved("", merged, folder, arguments, schema)
     check_run(student)
+    # Below one row a device MaxText reads a row for each and evaluates on a part of them.
+    rows = student.global_batch_size_to_load_eval
+    student = upstream.with_settings(student, global_batch_size_to_eval_on=rows, micro_batch_size_to_eval_on=rows)
     kd = Distillation(**{key: getattr(student, key) for key in KDKeys.model_fields})
     if kd.use_kd:
         check_teacher_keys(kd, student, schema, pathlib.Path(path).parent)

@@ -16,16 +16,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
-import tokenizers
-import transformers
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from conftest import Result, execute
+from letters import LETTERS, save_letters
 from maxtext.input_pipeline.protos import example_pb2
 
 pytestmark = pytest.mark.e2e
 
 LENGTH, BATCH, STEPS = 32, 4, 3
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def texts_of(count: int, seed: int) -> list[str]:
@@ -88,15 +86,6 @@ def letters_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("tokenizer") / "letters.model"
     path.write_bytes(model.getvalue())
     return str(path)
-
-
-def save_letters(folder: pathlib.Path) -> None:
-    """A Hugging Face tokenizer whose tokens are letters."""
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<unk>", "<eos>", *LETTERS])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""What MaxText's input pipelines are held to: every token of the data counts, once."""

@@ -259,6 +259,7 @@ def train(
                 evaluate(config, student, steps, state, logger, done)
     finally:
         logger.flush_metrics_and_cleanup()
+    logger.check_has_learned()
     if config.save_checkpoint_on_completion or terminated:
         with contextlib.suppress(upstream.exceptions.StopTraining):  # a termination signal, which stopped the loop
             save(config, student, state, logger)

@@ -19,6 +19,15 @@ TERMS = {"ce": "ce_loss", "kd": "kd_loss", "z": "z_loss", "moe": "moe_lb_loss", 
 STATE = {"gradient norm": "grad_norm", "parameter norm": "param_norm"}
 
 
+# Why a batch may hold no target: for messages.
+NO_TOKEN_COUNTS = (
+    "no token counts: each position is padding or masked (rows of one token have no target; where completions alone are "
+    "trained on, nor have prompts as long as max_target_length)"
+)
+# After so many steps from the first in which no token counted, there is nothing to wait for.
+MOST_EMPTY_STEPS = 10
+
+
 class RunError(Exception):
     """A run that cannot go on. Its text says at which step and why."""
 

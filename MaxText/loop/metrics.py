@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from MaxText import upstream
+from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
 from MaxText.console import duration, readable, say
 from MaxText.loop import failures
@@ -68,6 +69,8 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         self.last_completion = time.monotonic()
         self.first_step_at = self.last_completion
         self.state_is_finite = True  # after the last step that was written
+        self.empty_steps = 0  # in a row, in which no token counted
+        self.has_learned = False  # whether a token counted in any step
         if config.metrics_file and jax.process_index() == 0:
             keep_rows_before(config.metrics_file, config.run_name, start_step)
 
@@ -115,13 +118,32 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
     # What is written where --------------------------------------------------------------------------------------
 
     def write_metrics(self, metrics: Metrics, step: int, metric_type: str = "train") -> None:
-        if metric_type == "train":
+        if metric_type == "train" and float(metrics["scalar"]["learning/total_weights"]) == 0:
+            self.skip_empty_step(step)
+        elif metric_type == "train":
+            self.empty_steps, self.has_learned = 0, True
             add_plain_ce(self.config, metrics["scalar"])
-        if metric_type != "running_eval":  # upstream's running averages are rows of neither kind
+            super().write_metrics(metrics, step, metric_type)
+        elif metric_type != "running_eval":  # upstream's running averages are rows of neither kind
             super().write_metrics(metrics, step, metric_type)
         if metric_type == "train":
             self.state_is_finite = failures.state_is_finite(metrics["scalar"])
             self.stop_if_diverged(metrics["scalar"], step)
+
+    def skip_empty_step(self, step: int) -> None:
+        """A step without a token has no loss to write; a run of such steps is none."""
+        if self.empty_steps == 0:
+            say(f"warning: step {step}: {failures.NO_TOKEN_COUNTS}")
+        self.empty_steps += 1
+        if not self.has_learned and self.empty_steps == failures.MOST_EMPTY_STEPS:
+            self.check_has_learned()
+
+    def check_has_learned(self) -> None:
+        """Raises RunError where steps were made and not one of them had a token that counted."""
+        if self.empty_steps and not self.has_learned:
+            raise failures.RunError(
+                f"{data_settings(self.config)}: in the {self.empty_steps} steps so far {failures.NO_TOKEN_COUNTS}"
+            )
 
     def write_metrics_locally(self, metrics: Metrics, step: int) -> None:
         if jax.process_index() != 0:
@@ -178,13 +200,16 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
     def finish_evaluation(self, step: int) -> None:
         """Writes what has been evaluated after `step`; raises upstream's StopTraining at the target loss."""
         self.flush()
-        if self._pending_eval_step_count:
+        if self._pending_eval_step_count and self.cumulative_eval_metrics["scalar"]["evaluation/n"] == 0:
+            say(f"warning: evaluation after step {step}: {failures.NO_TOKEN_COUNTS}: nothing is written")
+            self.reset_eval_metrics()
+        elif self._pending_eval_step_count:
             self._finalize_eval_metrics(step)
         self.start_clock()
 
     def _finalize_eval_metrics(self, train_step: int) -> None:
         total = self.cumulative_eval_metrics["scalar"]
-        n = max(total.pop("evaluation/n"), 1.0)
+        n = total.pop("evaluation/n")
         for name, sum_name in EVALUATION.items():
             if sum_name in total:
                 total[name] = total.pop(sum_name) / n

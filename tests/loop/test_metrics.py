@@ -9,6 +9,9 @@ import time
 import jax.numpy as jnp
 import pytest
 
+from MaxText import upstream
+from MaxText.loop import failures
+
 NO_TIME = datetime.timedelta(0)
 pytestmark = pytest.mark.e2e  # the logger is upstream's, and importing it takes the engine
 
@@ -105,6 +108,45 @@ def test_an_evaluation_is_weighted_by_tokens_not_by_batches(logger):
         assert row[f"evaluation/{name}"] == pytest.approx(expected, rel=1e-6)
     assert row["evaluation/perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert row["evaluation/total_weights"] == 1010
+
+
+def no_tokens(kind):
+    """The metrics of a step, or an evaluation, without a token: every sum is 0."""
+    if kind == "training":
+        return training(0.0)
+    names = ("ce_sum", "kd_sum", "z_loss_sum", "moe_lb_loss_sum", "mtp_loss_sum", "objective", "n")
+    return {"scalar": {f"evaluation/{name}": jnp.float32(0) for name in names}}
+
+
+def test_an_evaluation_without_a_token_is_no_row_and_reaches_no_target(logger, capsys):
+    logger.config = upstream.with_settings(logger.config, target_eval_loss=2.0)
+    for count in range(2):
+        logger.buffer_and_write_metrics(no_tokens("evaluation"), count, NO_TIME, is_training=False)
+    logger.finish_evaluation(7)
+    logger.buffer_and_write_metrics(training(1.0), 8, NO_TIME)
+    logger.flush_metrics_and_cleanup()
+    assert [row["step"] for row in rows(logger)] == [8]
+    assert "evaluation after step 7: no token counts" in capsys.readouterr().out
+
+
+def test_a_step_without_a_token_is_said_and_is_no_row(logger, capsys):
+    for step, metrics in enumerate((training(1.0), no_tokens("training"), no_tokens("training"), training(2.0))):
+        logger.buffer_and_write_metrics(metrics, step, NO_TIME)
+    logger.flush_metrics_and_cleanup()
+    logger.check_has_learned()
+    assert [row["step"] for row in rows(logger)] == [0, 3]
+    said = capsys.readouterr().out
+    assert said.count("no token counts") == 1 and "step 1: no token counts" in said
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+def test_a_run_in_which_no_token_counts_fails(logger, steps):
+    with pytest.raises(failures.RunError, match="no token counts"):
+        for step in range(steps):
+            logger.buffer_and_write_metrics(no_tokens("training"), step, NO_TIME)
+        logger.flush_metrics_and_cleanup()
+        logger.check_has_learned()
+    assert logger.empty_steps == min(steps, failures.MOST_EMPTY_STEPS)
 
 
 def test_each_step_has_its_own_time_around_an_evaluation_too(logger, monkeypatch):

@@ -21,8 +21,8 @@ STATE = {"gradient norm": "grad_norm", "parameter norm": "param_norm"}
 
 # Why a batch may hold no target: for messages.
 NO_TOKEN_COUNTS = (
-    "no token counts: each position is padding or masked (rows of one token have no target; where completions alone are "
-    "trained on, nor have prompts as long as max_target_length)"
+    "no token counts: each position is padding or masked (rows of one token have no target; where completions "
+    "alone are trained on, nor have prompts as long as max_target_length)"
 )
 # After so many steps from the first in which no token counted, there is nothing to wait for.
 MOST_EMPTY_STEPS = 10

@@ -30,7 +30,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data.evaluation import read_whole
+    from MaxText.data import evaluation, iterators
     from MaxText.loop import failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
-        with upstream.monitored(config, recorder), student_lib.refusals_as_config_errors(config), read_whole():
+        refusals = student_lib.refusals_as_config_errors(config)
+        with upstream.monitored(config, recorder), refusals, evaluation.read_whole(), iterators.closed_at_the_end():
             upstream.train_utils.validate_train_config(config)
             upstream.pre_train.run(config, recorder)
         return
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         say(f"nothing left to do: {config.checkpoint_dir} holds step {config.steps - 1}, the last of {config.steps}")
         return
 
-    with upstream.monitored(config, recorder):
+    with upstream.monitored(config, recorder), iterators.closed_at_the_end():
         # 2. Student and data: upstream's set-up, a checkpoint of this run restored if there is one.
         student = student_lib.set_up(config, recorder)
         start_step = student.start_step

@@ -24,6 +24,7 @@ from etils import epy
 # The engine imports TensorFlow and transformers for its input pipelines; neither's greetings concern the user.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 with epy.lazy_imports():
     import pathwaysutils

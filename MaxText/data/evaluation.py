@@ -39,15 +39,18 @@ class FullBatches:
         given = self.batches.as_numpy_iterator() if hasattr(self.batches, "as_numpy_iterator") else self.batches
         batches = iter(given)
         empty = self.empty
-        while True:
-            batch = next(batches, None)
-            if not any_host(batch is not None):
-                return
-            if batch is not None:
-                batch = {key: filled(np.asarray(value), len(self.empty["targets"])) for key, value in batch.items()}
-                batch = within_documents(batch)
-                empty = {key: np.zeros_like(value) for key, value in batch.items()}
-            yield empty if batch is None else batch
+        try:
+            while True:
+                batch = next(batches, None)
+                if not any_host(batch is not None):
+                    return
+                if batch is not None:
+                    rows = len(self.empty["targets"])
+                    batch = within_documents({key: filled(np.asarray(value), rows) for key, value in batch.items()})
+                    empty = {key: np.zeros_like(value) for key, value in batch.items()}
+                yield empty if batch is None else batch
+        finally:
+            upstream.multihost_dataloading._close_iterator(batches)
 
 
 def within_documents(batch: Batch) -> Batch:

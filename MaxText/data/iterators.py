@@ -1,0 +1,35 @@
+"""The end of the input pipelines: their worker processes and shared memory go with the run, without a word."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from MaxText import upstream
+
+
+@contextlib.contextmanager
+def closed_at_the_end() -> Iterator[None]:
+    """Around a run: every iterator that it opened is closed when it ends, unless it fails.
+
+    MaxText closes them in a finalizer, which runs when the interpreter is half gone and fails on grain's iterators. A
+    reader that has failed may never end, so after a failure nothing is waited for.
+    """
+    # Batches that workers have made and nobody has read are cleaned up by Python's tracker, which gets these options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    loading = upstream.multihost_dataloading
+    loading.MultiHostDataLoadIterator.__del__ = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # interrupted
+        close_all()
+        raise
+    close_all()
+
+
+def close_all() -> None:
+    loading = upstream.multihost_dataloading
+    for opened in list(loading._GLOBAL_MULTIHOST_ITERATORS):
+        loading._close_iterator(opened.local_iterator)
+        opened.last_local_data = None  # lies in shared memory

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import omegaconf
-import plot_sweep
 import pydantic
 from rich import box
 from rich.console import Console
@@ -35,6 +34,7 @@ from rich.table import Table
 from MaxText.config.checks import check_kd, check_keys
 from MaxText.config.files import load_layers, load_yml, resolved_keys
 from MaxText.config.keys import ConfigError, config_class, describe
+from MaxText.reports import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = results(every, args.out)
     with (ROOT / args.out / "results.md").open("w") as file:
         Console(file=file, width=200).print(table(points))
-    plot_sweep.plot(points, COLUMNS, ROOT / args.out / "results.png")
+    plots.plot_sweep(points, COLUMNS, ROOT / args.out / "results.png")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 MEAN, SEED = "#d1495b", "#8c8c8c"
 
 
-def plot(points: dict[str, list[dict[str, Any]]], columns: dict[str, str], path: Path) -> None:
+def plot_sweep(points: dict[str, list[dict[str, Any]]], columns: dict[str, str], path: Path) -> None:
     """Writes a PNG: for each column a panel, in it a line per point with every seed, their mean and its deviation.
 
     Args:

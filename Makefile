@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 12
 
 demo: $(STAMP) ## distil a student on real text, beside one trained without a teacher
-	$(PYTHON) scripts/demo.py
+	$(PYTHON) scripts/demo/run.py
 
 JOBS ?= 2
 PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile

@@ -1,11 +1,17 @@
 """The voice: what a run and every command say, and how numbers are written in it."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
-import jax
+from etils import epy
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+with epy.lazy_imports():  # seconds, which a command that touches no array need not wait
+    import jax
+
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 def say(line: str) -> None:
@@ -23,6 +29,28 @@ def waiting(for_what: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         progress.add_task("", total=None)
         yield
+
+
+@contextlib.contextmanager
+def errors_as_lines(*, refused: Errors = (), failed: Errors = (), hint: str = "") -> Iterator[None]:
+    """Ends a command that cannot go on with one line, and no traceback.
+
+    Args:
+      refused: errors that say what of the input is not allowed; status 2.
+      failed: errors that say what went wrong; status 1, as for a file that cannot be read or written.
+      hint: what follows "interrupted", or the reason that a file gave.
+    """
+    try:
+        yield
+    except refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except failed as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {f'{error.filename}: {error.strerror}' if error.filename else first_line(error)}{hint}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted{hint}")
 
 
 def readable(count: float) -> str:

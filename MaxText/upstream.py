@@ -37,6 +37,7 @@ with epy.lazy_imports():
         tfds_data_processing,
         tokenizer,
     )
+    from maxtext.input_pipeline.protos import example_pb2
     from maxtext.layers import embeddings, moe, multi_token_prediction
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (

@@ -47,6 +47,7 @@ from MaxText.config.files import CONFIGS, load_yml
 from MaxText.config.keys import ConfigError, Distillation, KDKeys
 from MaxText.config.resolve import Run
 from MaxText.config.teacher import resolve_teacher
+from MaxText.console import errors_as_lines
 from MaxText.distill.blockwise import blockwise_kd
 from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, cross_entropy, kd_sums
 from MaxText.loop import step
@@ -586,10 +587,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_lines(refused=ConfigError):
         main()
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

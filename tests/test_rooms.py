@@ -18,6 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"distill", "data", "config", "upstream", "console"},
     "text": {"config", "upstream", "console"},
     "reports": {"config", "upstream", "console"},
+    "sweeps": {"config", "upstream", "console"},
     "cluster": {"config", "upstream", "console"},
     "huggingface": {"models", "config", "upstream", "console"},
     "loop": {"models", "data", "config", "upstream", "console"},

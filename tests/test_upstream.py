@@ -122,6 +122,7 @@ CALLS = {
 # What is read.
 NAMES = [
     "accelerator_to_spec_map.UserFacingNameToSystemCharacteristics",
+    "example_pb2.Example",
     "exceptions.StopTraining",
     "globals.MAXTEXT_CONFIGS_DIR",
     "goodput.GoodputEvent.STEP",

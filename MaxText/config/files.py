@@ -10,7 +10,8 @@ import yaml
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository: commands run there
+CONFIGS = ROOT / "MaxText/configs"
 
 
 def load_layers(path: str) -> tuple[omegaconf.DictConfig, omegaconf.DictConfig]:

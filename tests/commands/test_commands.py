@@ -9,13 +9,13 @@ from conftest import ROOT
 
 COMMANDS = sorted(
     str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("*.sh"), *ROOT.glob("scripts/*")]
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("scripts/**/*")]
     if path.suffix == ".sh" or (path.suffix == ".py" and "__main__" in path.read_text())
 )
 
 
 def test_there_are_commands():
-    assert {"setup.sh", "scripts/demo.py", "scripts/launch_gpu.sh"} <= set(COMMANDS)
+    assert {"setup.sh", "scripts/demo/run.py", "scripts/launch_gpu.sh"} <= set(COMMANDS)
 
 
 @pytest.mark.e2e

@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
+import corpus as build_corpus
+import plot as plot_demo
 import pytest
+import results as outcome
+import run as demo
 import sentencepiece
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from maxtext.input_pipeline.protos import example_pb2
-
-ROOT = Path(__file__).resolve().parents[2]
-
-import build_corpus  # noqa: E402
-import demo  # noqa: E402
-import plot_demo  # noqa: E402
 
 PACKAGES = ("asyncio", "email", "json", "logging", "unittest", "xml/dom", "copy_of_email")
 
@@ -126,11 +124,11 @@ def test_no_row_is_longer_than_the_model_reads(corpus: Path, tokenizer: sentence
     ],
 )
 def test_the_verdict_follows_the_numbers(ce: float, kd: float, expected: str) -> None:
-    sentence = demo.verdict(ce, kd, 3.8)
+    sentence = outcome.verdict(ce, kd, 3.8)
     assert all(text in sentence for text in (expected, f"{ce:.3f}", f"{kd:.3f}"))
 
 
-def metrics(final_ce: float) -> demo.Rows:
+def metrics(final_ce: float) -> outcome.Rows:
     speeds = (1, 100, 300)  # the second hundred tokens took 1 s, the third a third of it
     training = [
         {"step": step, "learning/loss": 5.0, "perf/per_device_tokens_per_sec": speed}
@@ -150,7 +148,7 @@ def metrics(final_ce: float) -> demo.Rows:
 
 def test_a_summary_is_of_the_last_evaluation() -> None:
     expected = {"ce": 0.0, "perplexity": 1.0, "tokens_per_second": 150, "kl": 0.5, "agreement": 0.25}
-    assert demo.summary(metrics(0.0)) == expected
+    assert outcome.summary(metrics(0.0)) == expected
 
 
 def test_half_a_row_at_the_end_of_the_metrics_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,8 +204,8 @@ def test_the_teacher_of_the_students_is_the_one_that_was_trained() -> None:
 
 
 def test_the_table_shows_what_was_measured() -> None:
-    results = {run.name: demo.summary(metrics(0.5)) for run in demo.RUNS}
-    columns = {column.header: list(column.cells) for column in demo.table("", results, demo.RUNS[:3]).columns}
+    results = {run.title: outcome.summary(metrics(0.5)) for run in demo.RUNS[:3]}
+    columns = {column.header: list(column.cells) for column in outcome.table("", results).columns}
     assert columns["CE"] == ["0.500"] * 3
     assert columns["agreement"] == ["25.0%"] * 3
 

@@ -16,6 +16,7 @@ from conftest import ROOT, SMOKE
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from MaxText import upstream
+from MaxText.cluster import slices
 from MaxText.config.keys import ConfigError
 
 IMAGE = "--docker-image=gcr.io/project/image:1"
@@ -174,9 +175,9 @@ def test_the_jobset_holds_nothing_that_the_schemas_of_jobset_and_kubernetes_do_n
 
 def test_a_slice_is_a_job_and_a_host_is_a_pod(capsys):
     manifest = jobset(capsys, "--num-slices=2")
-    (slices,) = manifest["spec"]["replicatedJobs"]
-    job = slices["template"]["spec"]
-    assert (slices["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 64, 64, 0)
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 64, 64, 0)
     assert pod(manifest)["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "16x16",
@@ -194,10 +195,10 @@ def test_the_failure_policy_names_the_container_that_runs(capsys):
 def test_every_slice_has_its_devices_and_a_label():
     for name, spec in upstream.topologies().items():
         if spec.platform == "tpu":
-            tpu = submit_xpk.find_slice(name)
+            tpu = slices.find_slice(name)
             cores = 2 if name.startswith("tpu7x") else 1  # devices of a chip
             assert tpu.hosts * tpu.chips_per_host * cores == spec.devices_per_slice, name
-            assert submit_xpk.find_slice(tpu.xpk_type) == tpu
+            assert slices.find_slice(tpu.xpk_type) == tpu
 
 
 # The real xpk, which needs neither gcloud, kubectl nor a network for its dry run --------------------------------------
@@ -278,11 +279,11 @@ def test_xpk_knows_every_slice_by_the_same_hosts_topology_and_label(xpk, tmp_pat
         "print(json.dumps({name: [getattr(spec, key) for key in keys] for name, spec in table.items()}))"
     )
     known = json.loads(run_xpk(xpk / "python", tmp_path, "-c", source).splitlines()[-1])
-    slices = [submit_xpk.find_slice(name) for name, spec in upstream.topologies().items() if spec.platform == "tpu"]
-    assert {tpu.name for tpu in slices if tpu.xpk_type not in known} == submit_xpk.UNKNOWN_TO_XPK
+    ours = [slices.find_slice(name) for name, spec in upstream.topologies().items() if spec.platform == "tpu"]
+    assert {tpu.name for tpu in ours if tpu.xpk_type not in known} == slices.UNKNOWN_TO_XPK
     different = {
         tpu.name: (known[tpu.xpk_type], [tpu.accelerator, tpu.topology, tpu.hosts, tpu.chips_per_host])
-        for tpu in slices
+        for tpu in ours
         if tpu.xpk_type in known
         and known[tpu.xpk_type] != [tpu.accelerator, tpu.topology, tpu.hosts, tpu.chips_per_host]
     }

@@ -13,6 +13,8 @@ from conftest import ROOT, execute
 from matplotlib import image
 
 from MaxText.config.keys import ConfigError, Distillation, KDKeys
+from MaxText.reports import points
+from MaxText.sweeps import folders, grid
 
 FIRST = ROOT / "configs/sweeps/alpha_temperature.yml"
 GRID = {"kd_alpha": [0.5, 1.0], "kept": {"full": {}, "k4": {"kd_top_k": 4}}}
@@ -37,7 +39,7 @@ def rows(folder, name, *evaluations):
     lines = []
     for step, *values in evaluations:
         lines += [{"step": step, "learning/loss": 1.0}]
-        lines += [{"step": step} | dict(zip(sweep.COLUMNS.values(), values, strict=False))]
+        lines += [{"step": step} | dict(zip(points.COLUMNS.values(), values, strict=False))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -45,7 +47,7 @@ def rows(folder, name, *evaluations):
 
 
 def test_every_point_is_run_with_every_seed_and_nothing_else(write):
-    runs = sweep.load(write(seeds=[3, 4]), [])
+    runs = grid.load(write(seeds=[3, 4]), [])
     names = [f"alpha{a}-{kept}-seed{seed}" for a in (0.5, 1.0) for kept in ("full", "k4") for seed in (3, 4)]
     assert [run.name for run in runs] == names
     command = runs[-1].command(ROOT / "out")
@@ -60,22 +62,22 @@ def test_every_point_is_run_with_every_seed_and_nothing_else(write):
 
 
 def test_an_excluded_combination_is_left_out_and_its_parts_are_not(write):
-    runs = sweep.load(write(exclude=[{"kd_alpha": 1.0, "kd_top_k": 4}]), [])
+    runs = grid.load(write(exclude=[{"kd_alpha": 1.0, "kd_top_k": 4}]), [])
     assert [run.point for run in runs] == ["alpha0.5-full", "alpha0.5-k4", "alpha1.0-full"]
 
 
 def test_settings_of_the_command_line_are_in_every_run_and_the_grid_wins(write):
-    for run in sweep.load(write(), ["steps=5", "kd_alpha=0.1"]):
+    for run in grid.load(write(), ["steps=5", "kd_alpha=0.1"]):
         assert run.settings["steps"] == 5 and run.keys["kd_alpha"] in (0.5, 1.0)
 
 
 def test_only_takes_runs_or_points(write):
-    runs = sweep.load(write(seeds=[0, 1]), [])
-    assert [run.name for run in sweep.select(runs, ["alpha0.5-k4"])] == ["alpha0.5-k4-seed0", "alpha0.5-k4-seed1"]
-    assert [run.name for run in sweep.select(runs, ["*1.0-full-seed1"])] == ["alpha1.0-full-seed1"]
-    assert sweep.select(runs, []) == runs
+    runs = grid.load(write(seeds=[0, 1]), [])
+    assert [run.name for run in grid.select(runs, ["alpha0.5-k4"])] == ["alpha0.5-k4-seed0", "alpha0.5-k4-seed1"]
+    assert [run.name for run in grid.select(runs, ["*1.0-full-seed1"])] == ["alpha1.0-full-seed1"]
+    assert grid.select(runs, []) == runs
     with pytest.raises(ConfigError, match="none of alpha0"):
-        sweep.select(runs, ["full"])
+        grid.select(runs, ["full"])
 
 
 @pytest.mark.parametrize(
@@ -99,17 +101,17 @@ def test_only_takes_runs_or_points(write):
 def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(write, content, said):
     path = write(**content)
     with pytest.raises(ConfigError) as refusal:
-        sweep.load(path, [])
+        grid.load(path, [])
     assert said in str(refusal.value) and (str(path) in str(refusal.value) or "config" in content)
 
 
 def test_a_run_s_config_is_no_sweep():
     with pytest.raises(ConfigError, match=r"smoke\.yml: is no sweep: no config and no grid in it"):
-        sweep.load(ROOT / "configs/smoke.yml", [])
+        grid.load(ROOT / "configs/smoke.yml", [])
 
 
 def test_the_first_sweep_covers_what_it_says_and_its_names_are_ones_that_kubernetes_takes(capsys):
-    runs = sweep.load(FIRST, [])
+    runs = grid.load(FIRST, [])
     assert f"{len(runs)} runs" in FIRST.read_text()
     assert {run.seed for run in runs} == {0, 1, 2}
     warned = [run for run in runs if Distillation(**kd_keys(run)).warnings()]
@@ -133,36 +135,36 @@ DEFAULTS = yaml.safe_load((ROOT / "MaxText/configs/base.yml").read_text())
 
 
 def test_a_run_is_finished_when_it_was_evaluated_after_its_last_step(write, tmp_path):
-    (run, *_) = sweep.load(write(), [])
-    assert sweep.last_evaluation(run, tmp_path) is None
+    (run, *_) = grid.load(write(), [])
+    assert folders.last_evaluation(run, tmp_path) is None
     rows(tmp_path, run.name, (0, 5.0), (1, 4.0))
-    assert sweep.last_evaluation(run, tmp_path) is None
+    assert folders.last_evaluation(run, tmp_path) is None
     path = tmp_path / run.name / "metrics.jsonl"
     complete = path.read_text()
     path.write_text(complete + '{"step": 2, "learning/loss": 1.0}\n{"step": 2, "evaluation/ce_loss": 3.0}')
-    assert sweep.last_evaluation(run, tmp_path) is None  # half a row
+    assert folders.last_evaluation(run, tmp_path) is None  # half a row
     path.write_text(path.read_text() + "\n")
-    assert sweep.last_evaluation(run, tmp_path) == {"step": 2, "evaluation/ce_loss": 3.0}
+    assert folders.last_evaluation(run, tmp_path) == {"step": 2, "evaluation/ce_loss": 3.0}
 
 
 def test_a_folder_that_holds_other_settings_is_refused_and_left_alone(write, tmp_path):
-    (run, *_) = sweep.load(write(), [])
-    sweep.claim(run, tmp_path)
-    sweep.claim(run, tmp_path)
-    (other, *_) = sweep.load(write(), ["learning_rate=1"])
+    (run, *_) = grid.load(write(), [])
+    folders.claim(run, tmp_path)
+    folders.claim(run, tmp_path)
+    (other, *_) = grid.load(write(), ["learning_rate=1"])
     before = (tmp_path / run.name / "sweep.json").read_text()
     with pytest.raises(ConfigError, match="other settings"):
-        sweep.claim(other, tmp_path)
+        folders.claim(other, tmp_path)
     assert (tmp_path / run.name / "sweep.json").read_text() == before
 
 
 def test_the_table_shows_mean_and_standard_deviation_over_finished_seeds(write, tmp_path):
-    runs = sweep.load(write(seeds=[0, 1, 2]), [])
+    runs = grid.load(write(seeds=[0, 1, 2]), [])
     for seed, ce in enumerate((4.0, 5.0, 6.0)):
         rows(tmp_path, f"alpha0.5-full-seed{seed}", (0, 9.0, 9.0, 0.0), (2, ce, 0.5, 0.25))
     rows(tmp_path, "alpha0.5-k4-seed1", (2, 7.0))
     rows(tmp_path, "alpha1.0-k4-seed1", (1, 7.0, 1.0, 1.0))
-    columns = [list(column.cells) for column in sweep.table(sweep.results(runs, tmp_path)).columns]
+    columns = [list(column.cells) for column in points.table(folders.results(runs, tmp_path)).columns]
     assert columns == [
         ["alpha0.5-full", "alpha0.5-k4", "alpha1.0-full", "alpha1.0-k4"],
         ["3", "1", "0", "0"],
@@ -208,29 +210,29 @@ def test_finished_runs_are_kept_failed_ones_are_told_and_the_others_go_on(write,
 
 
 def test_a_folder_whose_config_has_changed_since_is_refused(write, tmp_path, monkeypatch):
-    (run, *_) = sweep.load(write(), [])
-    sweep.claim(run, tmp_path)
-    sweep.claim(run, tmp_path)
+    (run, *_) = grid.load(write(), [])
+    folders.claim(run, tmp_path)
+    folders.claim(run, tmp_path)
     changed = run.settings | {"learning_rate": 1.0}
-    monkeypatch.setattr(sweep.Run, "settings", changed)
+    monkeypatch.setattr(grid.Run, "settings", changed)
     with pytest.raises(ConfigError, match="holds a run with other settings"):
-        sweep.claim(run, tmp_path)
+        folders.claim(run, tmp_path)
 
 
 def test_a_folder_that_another_process_trains_in_is_left_alone(write, tmp_path, monkeypatch):
     """As when a sweep was killed and its trainer was not."""
-    (run, *_) = sweep.load(write(), [])
-    sweep.claim(run, tmp_path)
+    (run, *_) = grid.load(write(), [])
+    folders.claim(run, tmp_path)
     trainer = "import sys; print(flush=True); sys.stdin.read()"
     with (tmp_path / run.name / "train.log").open("a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         left = subprocess.Popen([sys.executable, "-c", trainer], stdin=subprocess.PIPE, stdout=log)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a second process was started"))
-        assert sweep.train(run, tmp_path) == f"{run.name}: another process trains in its folder"
+        assert folders.train(run, tmp_path) == f"{run.name}: another process trains in its folder"
     left.communicate()
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
-    assert "status 3" in sweep.train(run, tmp_path)
+    assert "status 3" in folders.train(run, tmp_path)
 
 
 @pytest.mark.e2e

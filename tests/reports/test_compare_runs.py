@@ -15,10 +15,13 @@ from typing import Any
 import compare_runs
 import numpy as np
 import pytest
-import report_page
-import run_records
 import tensorboardX
 from PIL import Image
+
+from MaxText.reports import compare as comparison
+from MaxText.reports import curves, run_records
+from MaxText.reports import groups as grouping
+from MaxText.reports import page as report_page
 
 STEPS, EVERY = 40, 10
 SETTINGS = {
@@ -89,18 +92,18 @@ def compare(*runs: Path) -> str:
 
 def results(*runs: Path) -> dict[str, dict[str, str]]:
     """Row -> column -> cell of the table of results."""
-    table = compare_runs.compare(runs).tables[0]
+    table = comparison.compare(runs).tables[0]
     return {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
 
 
 def notes(*runs: Path) -> str:
-    return "\n".join(compare_runs.compare(runs).notes)
+    return "\n".join(comparison.compare(runs).notes)
 
 
 @pytest.fixture
 def one_chart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them all takes seconds."""
-    monkeypatch.setattr(compare_runs, "CURVES", compare_runs.CURVES[:1])
+    monkeypatch.setattr(curves, "CURVES", curves.CURVES[:1])
 
 
 class Page(html.parser.HTMLParser):
@@ -257,8 +260,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve_with_its_spread(record
         record(name, rows_of(name, bias), init_weights_seed=name[-1], metrics_file=f"{name}/metrics.jsonl")
         for name, bias in biases.items()
     ]
-    [group] = compare_runs.group([run_records.read_run(folder) for folder in folders])
-    line = compare_runs.curve(group, "learning/ce_loss", False)
+    [group] = grouping.group([run_records.read_run(folder) for folder in folders])
+    line = curves.curve(group, "learning/ce_loss", False)
     assert line is not None
     ce = np.array(list(group.runs[0].series("learning/ce_loss").values()))
     for values, bias in ((line.y, -0.1), (line.low, -0.6), (line.high, 0.3)):
@@ -283,7 +286,7 @@ def test_runs_that_differ_in_anything_else_are_curves_of_their_own(
     record: Callable[..., Path], difference: dict[str, str]
 ) -> None:
     folders = [record("a"), record("b", init_weights_seed="1", **difference)]
-    assert [len(group.runs) for group in compare_runs.group([run_records.read_run(f) for f in folders])] == [1, 1]
+    assert [len(group.runs) for group in grouping.group([run_records.read_run(f) for f in folders])] == [1, 1]
 
 
 def test_teachers_are_told_apart_by_what_they_are_and_not_by_where_they_lie(record: Callable[..., Path]) -> None:
@@ -291,7 +294,7 @@ def test_teachers_are_told_apart_by_what_they_are_and_not_by_where_they_lie(reco
     for folder, teacher in zip(folders, ("one", "one", "other"), strict=True):
         manifest = {"settings": {"use_kd": True}, "teacher": {"fingerprint": teacher}}
         (folder / "distillation.json").write_text(json.dumps(manifest))
-    groups = compare_runs.group([run_records.read_run(folder) for folder in folders])
+    groups = grouping.group([run_records.read_run(folder) for folder in folders])
     assert [[run.name for run in group.runs] for group in groups] == [["a", "b"], ["c"]]
 
 
@@ -305,7 +308,7 @@ def test_runs_without_recorded_settings_are_no_group_and_the_page_says_so(record
 
 def test_the_settings_that_differ_are_listed_and_no_others(record: Callable[..., Path]) -> None:
     runs = record("a"), record("b", kd_alpha="1.0", learning_rate="0.002"), record("c", init_weights_seed="7")
-    _, table = compare_runs.compare(runs).tables
+    _, table = comparison.compare(runs).tables
     assert table.head == ["", "a (2 runs)", "b"]
     assert table.rows == [
         ["kd_alpha", "0.5", "1.0"], ["learning_rate", "0.001", "0.002"], ["init_weights_seed", "0, 7", "0"],
@@ -313,7 +316,7 @@ def test_the_settings_that_differ_are_listed_and_no_others(record: Callable[...,
 
 
 def test_access_tokens_are_no_part_of_a_report(record: Callable[..., Path]) -> None:
-    assert "hf_" not in str(compare_runs.compare([record("a"), record("b", hf_access_token="hf_other")]))
+    assert "hf_" not in str(comparison.compare([record("a"), record("b", hf_access_token="hf_other")]))
 
 
 def test_runs_of_other_evaluation_data_are_refused(record: Callable[..., Path]) -> None:
@@ -336,9 +339,9 @@ def test_evaluation_data_of_another_name_and_equal_size_is_noted(record: Callabl
 
 
 def test_compute_is_that_of_all_steps_on_all_devices(record: Callable[..., Path]) -> None:
-    [group] = compare_runs.group([run_records.read_run(record("a"))])
+    [group] = grouping.group([run_records.read_run(record("a"))])
     assert group.flops == {step: pytest.approx(2e12 * 4 * (step + 1)) for step in range(STEPS)}
-    line = compare_runs.curve(group, "evaluation/ce_loss", True)
+    line = curves.curve(group, "evaluation/ce_loss", True)
     assert line is not None
     assert line.x == pytest.approx([8e12 * (step + 1) for step in (10, 20, 30, 39)])
 
@@ -352,7 +355,7 @@ def test_steps_whose_rows_are_lost_cost_what_the_others_do(record: Callable[...,
 def test_without_flops_for_every_step_there_is_no_curve_by_compute(record: Callable[..., Path]) -> None:
     rows = rows_of("a")
     del rows[3]["perf/per_device_tflops"]  # as while the batch ramps up
-    report = compare_runs.compare([record("a", rows)])
+    report = comparison.compare([record("a", rows)])
     slugs = {chart.slug for chart in report.charts}
     assert "ce" in slugs
     assert not any(slug.endswith("by_flops") for slug in slugs)
@@ -399,16 +402,16 @@ def test_speed_is_tokens_by_seconds(record: Callable[..., Path]) -> None:
 def test_a_long_curve_of_speed_is_thinned_to_tokens_by_seconds(
     record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_runs, "POINTS", 10)
-    [chart] = [chart for chart in compare_runs.compare([record("a")]).charts if chart.slug == "speed"]
+    monkeypatch.setattr(curves, "POINTS", 10)
+    [chart] = [chart for chart in comparison.compare([record("a")]).charts if chart.slug == "speed"]
     seconds = [sum(1 / (100.0 + step) for step in range(start, start + 4)) for start in range(0, STEPS, 4)]
     assert chart.lines[0].y == pytest.approx([4 * 4 / each for each in seconds])
 
 
 def test_a_long_curve_is_thinned_to_means(record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_runs, "POINTS", 10)
-    [group] = compare_runs.group([run_records.read_run(record("a"))])
-    line = compare_runs.curve(group, "learning/ce_loss", False)
+    monkeypatch.setattr(curves, "POINTS", 10)
+    [group] = grouping.group([run_records.read_run(record("a"))])
+    line = curves.curve(group, "learning/ce_loss", False)
     assert line is not None
     values = np.array(list(group.runs[0].series("learning/ce_loss").values()))
     assert line.x == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
@@ -421,13 +424,13 @@ def test_a_long_curve_is_thinned_to_means(record: Callable[..., Path], monkeypat
 def test_the_page_holds_every_chart_and_loads_nothing(record: Callable[..., Path]) -> None:
     text = compare(record("a"), record("b", rows_of("b", 1.0), kd_alpha="1.0"))
     page = Page(text)
-    titles = [title for _, title, *_ in compare_runs.CURVES]
+    titles = [title for _, title, *_ in curves.CURVES]
     assert page.titles == ["Results", "Settings that differ", *titles, "Speed"]
     assert page.tags.count("svg") == len(titles) + 1
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert "@import" not in text and "url(http" not in text
-    slugs = {slug for slug, *_ in compare_runs.CURVES} | {"speed"}
+    slugs = {slug for slug, *_ in curves.CURVES} | {"speed"}
     assert {file.stem for file in Path("report").glob("*.png")} == slugs
 
 
@@ -515,16 +518,16 @@ def test_the_trainers_runs_are_read_by_the_names_it_writes(train: Callable[..., 
     keys |= {"enable_tensorboard": True, "devices": 2, "kd_top_k": 8}
     ce = train("report_ce", **keys, kd_alpha=0).folder
     kd = [train(f"report_kd_{seed}", **keys, kd_alpha=0.5, init_weights_seed=seed).folder for seed in (0, 1)]
-    report, table = compare_runs.compare([ce, *kd]), results(ce, *kd)
+    report, table = comparison.compare([ce, *kd]), results(ce, *kd)
     assert set(table) == {"report_ce", "report_kd (2 runs)"}
-    assert [chart.slug for chart in report.charts] == [slug for slug, *_ in compare_runs.CURVES] + ["speed"]
+    assert [chart.slug for chart in report.charts] == [slug for slug, *_ in curves.CURVES] + ["speed"]
     assert (table["report_ce"]["runs"], table["report_ce"]["steps"]) == ("1", "4")
     assert table["report_ce"]["teacher, a step"] == "0"
     [row] = [row for row in report.tables[1].rows if row[0] == "kd_alpha"]
     assert row == ["kd_alpha", "0.0", "0.5"]
     run = run_records.read_run(kd[0])
     tflops = run.series("perf/per_device_tflops")[3] * 4 * 2
-    assert compare_runs.group([run])[0].flops[3] == pytest.approx(tflops * 1e12)
+    assert grouping.group([run])[0].flops[3] == pytest.approx(tflops * 1e12)
     (kd[0] / "metrics.jsonl").unlink()
     events = run_records.read_run(kd[0])
     for metric in ("learning/loss", "evaluation/kl_t1", "perf/per_device_tflops"):

@@ -20,6 +20,11 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from maxtext.input_pipeline.protos import example_pb2
 
+from MaxText.text import buckets
+from MaxText.text import documents as reader
+from MaxText.text import record as memory
+from MaxText.text import shards as writer
+
 # Text that breaks what is written carelessly: letters of other scripts, a quote, a tab, the separator of Unicode.
 TEXTS = [f"document {number} of 'ünïcode' 数\t\u2028{'x' * (number % 40)}" for number in range(600)]
 
@@ -135,15 +140,15 @@ def test_small_buckets_and_buffers_change_nothing(
 ) -> None:
     write_jsonl("a.jsonl", TEXTS)
     whole = prepare("a.jsonl", out="whole", options="--shards 2")
-    monkeypatch.setattr(prepare_text, "BUCKET_BYTES", 1000)
-    monkeypatch.setattr(prepare_text, "BUFFER_BYTES", 500)
+    monkeypatch.setattr(memory, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(buckets, "BUFFER_BYTES", 500)
     assert shards(prepare("a.jsonl", out="parts", options="--shards 2")) == shards(whole)
 
 
 def test_memory_does_not_grow_with_the_text(prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_text, "BUCKET_BYTES", 1 << 20)
-    monkeypatch.setattr(prepare_text, "BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr(prepare_text, "LARGEST_DOCUMENT", 1 << 20)
+    monkeypatch.setattr(memory, "BUCKET_BYTES", 1 << 20)
+    monkeypatch.setattr(buckets, "BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "LARGEST_DOCUMENT", 1 << 20)
     text = "".join(random.Random(0).choices("abcdefgh ", k=10_000))
     write_jsonl("a.jsonl", [f"{number}{text}" for number in range(3000)])
     Path("long.txt").write_text(3000 * text)
@@ -196,7 +201,7 @@ BAD_LINES = [
 @pytest.fixture
 def damaged(prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> str:
     """A jsonl file whose every second line is bad."""
-    monkeypatch.setattr(prepare_text, "LARGEST_DOCUMENT", 4096)
+    monkeypatch.setattr(reader, "LARGEST_DOCUMENT", 4096)
     good = [json.dumps({"text": text}).encode() for text in TEXTS]
     Path("a.jsonl").write_bytes(b"\n".join(line for pair in zip(good, BAD_LINES) for line in (pair[0], pair[1][0])))  # noqa: B905
     return "a.jsonl"
@@ -220,7 +225,7 @@ def test_what_was_read_is_not_read_again_when_bad_lines_are_allowed(
 ) -> None:
     with pytest.raises(SystemExit, match="bad_lines"):
         prepare(damaged, options="--eval-fraction 0.5")
-    monkeypatch.delattr(prepare_text, "read")
+    monkeypatch.delattr(reader, "read")
     out = prepare(damaged, options="--max-bad 10 --eval-fraction 0.5")
     assert Counter(documents(out, "train") + documents(out, "eval")) == Counter(TEXTS[: len(BAD_LINES)])
 
@@ -289,8 +294,8 @@ def test_an_interrupted_preparation_ends_in_the_same_bytes(
     """Interrupted twice: while the second of three inputs is read, and in the middle of the second shard."""
     inputs = [write_jsonl(f"{name}.jsonl", TEXTS[start::3]) for start, name in enumerate("abc")]
     whole = prepare(*inputs, out="whole", options="--shards 3")
-    monkeypatch.setattr(prepare_text, "BUFFER_BYTES", 100)  # so that the interrupted input has left something behind
-    read, write_rows = prepare_text.read, prepare_text.write_rows
+    monkeypatch.setattr(buckets, "BUFFER_BYTES", 100)  # so that the interrupted input has left something behind
+    read, write_rows = reader.read, writer.write_rows
     reads = []
 
     def read_half(path, *rest):
@@ -307,18 +312,18 @@ def test_an_interrupted_preparation_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         write_rows(path, rows)
 
-    monkeypatch.setattr(prepare_text, "read", read_half)
+    monkeypatch.setattr(reader, "read", read_half)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         prepare(*inputs, options="--shards 3")
     assert not shards(Path("out"))
 
-    monkeypatch.setattr(prepare_text, "read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
-    monkeypatch.setattr(prepare_text, "write_rows", write_half)
+    monkeypatch.setattr(reader, "read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
+    monkeypatch.setattr(writer, "write_rows", write_half)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         prepare(*inputs, options="--shards 3")
     assert set(shards(Path("out"))) == {"train-00000-of-00003.arrayrecord"}
 
-    monkeypatch.setattr(prepare_text, "write_rows", write_rows)
+    monkeypatch.setattr(writer, "write_rows", write_rows)
     assert shards(prepare(*inputs, options="--shards 3")) == shards(whole)
     assert reads == ["a.jsonl", "b.jsonl", "b.jsonl", "c.jsonl"]
 
@@ -379,12 +384,12 @@ def test_two_processes_do_not_write_into_one_folder(
     prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl("a.jsonl", TEXTS)
-    write_rows = prepare_text.write_rows
+    write_rows = writer.write_rows
 
     def write_while_another_tries(path, rows):
         with pytest.raises(SystemExit, match="--out out: another process is writing there"):
             prepare("a.jsonl")
         write_rows(path, rows)
 
-    monkeypatch.setattr(prepare_text, "write_rows", write_while_another_tries)
+    monkeypatch.setattr(writer, "write_rows", write_while_another_tries)
     prepare("a.jsonl")

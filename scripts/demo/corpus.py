@@ -1,6 +1,6 @@
 """Builds the demo's corpus from text that every Python carries: the source and docstrings of its standard library.
 
-    python scripts/build_corpus.py [folder]        5 seconds on one core, no network
+    python scripts/demo/corpus.py [folder]        5 seconds on one core, no network
 
 writes train.arrayrecord, train_small.arrayrecord and eval.arrayrecord (one `text` column, read by MaxText's grain
 pipeline), tokenizer.model (SentencePiece) and corpus.json (what is in them). The same Python gives the same bytes.
@@ -12,6 +12,7 @@ them), generated tables, and lines longer than a row.
 
 import argparse
 import hashlib
+import inspect
 import io
 import json
 import sys
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from array_record.python import array_record_module
-from maxtext.input_pipeline.protos import example_pb2
+
+from MaxText.console import errors_as_lines
+from MaxText.text.shards import write_rows
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 ROW_TOKENS = 126  # 128 less the beginning-of-text and end-of-text tokens that the pipeline adds
@@ -114,21 +116,11 @@ def cut_rows(text: str, tokenizer: sentencepiece.SentencePieceProcessor) -> Iter
         yield row
 
 
-def write_rows(path: Path, rows: Iterable[str]) -> None:
-    """Writes `rows` as the ArrayRecord file of tf.train.Example that MaxText's grain pipeline reads."""
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for row in rows:
-        example = example_pb2.Example()
-        example.features.feature["text"].bytes_list.value.append(row.encode())
-        writer.write(example.SerializeToString())
-    writer.close()
-
-
 def build(folder: Path, root: Path = STANDARD_LIBRARY) -> dict[str, Any]:
     """Writes the corpus of the sources under `root` into `folder`, unless it is there already. Returns corpus.json."""
     sources = read_sources(root)
     manifest_path = folder / "corpus.json"
-    identity = _digest(json.dumps(sources) + Path(__file__).read_text())
+    identity = _digest(json.dumps(sources) + Path(__file__).read_text() + inspect.getsource(write_rows))
     if manifest_path.exists() and json.loads(manifest_path.read_text())["identity"] == identity:
         return json.loads(manifest_path.read_text())
     manifest_path.unlink(missing_ok=True)
@@ -170,7 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_lines(hint="; the same command begins again"):
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command begins again")

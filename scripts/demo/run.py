@@ -11,10 +11,8 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -22,19 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import build_corpus
-import plot_demo
+from corpus import build
 from omegaconf import OmegaConf
+from plot import plot
+from results import Rows, summary, table, verdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+from MaxText.console import errors_as_lines
+
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "runs/demo"
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # .venv/bin/python, where it is the project's own
-SEED_SPREAD = 0.02  # nats: how far the held-out cross-entropy moves from one seed to the next (docs/log.md)
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -150,49 +147,11 @@ def train(run: Run, sources: list[str], console: Console) -> float:
     return state["seconds"]
 
 
-def summary(rows: Rows) -> dict[str, float]:
-    """A run's last evaluation, and its training speed: all tokens by all seconds of the steps after the first."""
-    last = [row for row in rows if "evaluation/ce_loss" in row][-1]
-    speeds = [row["perf/per_device_tokens_per_sec"] for row in rows if "perf/per_device_tokens_per_sec" in row]
-    names = {"kl": "evaluation/kl_t1", "agreement": "evaluation/top1_agreement"}
-    ce = last["evaluation/ce_loss"]
-    return {"ce": ce, "perplexity": math.exp(ce), "tokens_per_second": statistics.harmonic_mean(speeds[1:])} | {
-        name: last[key] for name, key in names.items() if key in last
-    }
-
-
-def verdict(ce: float, kd: float, teacher: float) -> str:
-    """What the held-out cross-entropies of the CE student, the KD student and the teacher say, in one sentence."""
-    gain = ce - kd
-    if abs(gain) <= SEED_SPREAD:
-        return f"KD {kd:.3f}, CE only {ce:.3f}: equal within the spread of seeds ({SEED_SPREAD} nats)."
-    sentence = (
-        f"KD {kd:.3f}, CE only {ce:.3f}: distillation is {abs(gain):.3f} nats {'better' if gain > 0 else 'WORSE'}"
-    )
-    if 0 < gain < ce - teacher:
-        sentence += f", {gain / (ce - teacher):.0%} of the way to the teacher's {teacher:.3f}"
-    return sentence + "."
-
-
-def table(title: str, results: dict[str, dict[str, float]], runs: tuple[Run, ...]) -> Table:
-    """The runs side by side, as measured on the held-out files; agreement is of the most probable tokens."""
-    view = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("", "CE", "perplexity", "KL to teacher", "agreement", "tokens/s"):
-        view.add_column(heading, justify="right" if heading else "left")
-    for run in runs:
-        row = results[run.name]
-        kl = f"{row['kl']:.3f}" if "kl" in row else "-"
-        agreement = f"{row['agreement']:.1%}" if "agreement" in row else "-"
-        numbers = f"{row['ce']:.3f}", f"{row['perplexity']:.1f}", kl, agreement, f"{row['tokens_per_second']:,.0f}"
-        view.add_row(run.title, *numbers)
-    return view
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
     console.print("corpus: the standard library of this Python, split by file")
-    corpus = build_corpus.build(OUT / "corpus")
+    corpus = build(OUT / "corpus")
     train_rows, small_rows = corpus["train"]["rows"], corpus["train_small"]["rows"]
     console.print(
         f"{train_rows:,} rows from {corpus['train']['files']} files to train on, {small_rows} of them as small data; "
@@ -213,13 +172,13 @@ def main() -> None:
     small_title = f"Small data: {small_rows} rows, read {read['small_kd'] / small_rows:.1f} times"
 
     console.print()
-    console.print(table(same_title, results, RUNS[:3]))
+    console.print(table(same_title, {run.title: results[run.name] for run in (TEACHER, STUDENT_CE, STUDENT_KD)}))
     console.print(same)
     console.print()
-    console.print(table(small_title, results, (TEACHER, SMALL_CE, SMALL_KD)))
+    console.print(table(small_title, {run.title: results[run.name] for run in (TEACHER, SMALL_CE, SMALL_KD)}))
     console.print(f"{small} This student learns from a teacher that saw {seen / small_rows:.0f} times more text.")
 
-    plot_demo.plot(histories, OUT / "demo.png")
+    plot(histories, OUT / "demo.png")
     report = {"corpus": corpus, "runs": results, "seconds": seconds, "same_rows": same, "small_data": small}
     (OUT / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(
@@ -230,7 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_lines(hint="; the same command goes on from the last checkpoint"):
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")

@@ -1,9 +1,9 @@
-"""Draws the demo's curves from the metrics of its runs (scripts/demo.py)."""
+"""Draws the demo's curves from the metrics of its runs (scripts/demo/run.py)."""
 
 from pathlib import Path
 from typing import Any
 
-from build_corpus import SMALL_ROWS
+from corpus import SMALL_ROWS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

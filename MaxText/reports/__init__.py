@@ -1,0 +1,1 @@
+"""What runs left behind, beside each other: tables, charts, a page."""

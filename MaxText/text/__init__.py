@@ -1,0 +1,1 @@
+"""Text into what the input pipelines read."""

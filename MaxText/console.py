@@ -8,6 +8,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
+class RunError(Exception):
+    """What began well and cannot go on. Its text says where and why, and is the last thing said."""
+
+
 def say(line: str) -> None:
     """Prints a line once per run rather than once per host."""
     if jax.process_index() == 0:

@@ -141,7 +141,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
     def check_has_learned(self) -> None:
         """Raises RunError where steps were made and not one of them had a token that counted."""
         if self.empty_steps and not self.has_learned:
-            raise failures.RunError(
+            raise RunError(
                 f"{data_settings(self.config)}: in the {self.empty_steps} steps so far {failures.NO_TOKEN_COUNTS}"
             )
 

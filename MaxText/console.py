@@ -14,6 +14,10 @@ with epy.lazy_imports():  # seconds, which a command that touches no array need 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
+class RunError(Exception):
+    """What began well and cannot go on. Its text says where and why, and is the last thing said."""
+
+
 def say(line: str) -> None:
     """Prints a line once per run rather than once per host."""
     if jax.process_index() == 0:

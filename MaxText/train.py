@@ -27,7 +27,7 @@ from MaxText.config import resolve
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.config.teacher import resolve_teacher
-from MaxText.console import say, waiting
+from MaxText.console import RunError, say, waiting
 
 with epy.lazy_imports():
     from MaxText.data import evaluation, iterators
@@ -338,7 +338,7 @@ def command_line(argv: Sequence[str]) -> None:
     """`main`, with what ended it early as one message at the end of the output; status 2 for bad input, else 1."""
     try:
         main(argv)
-    except (ConfigError, failures.RunError) as error:
+    except (ConfigError, RunError) as error:
         if upstream.is_verbose() and error.__cause__ is not None:
             raise
         sys.stdout.flush()

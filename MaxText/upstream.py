@@ -28,6 +28,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 with epy.lazy_imports():
     import pathwaysutils
+    from maxtext.checkpoint_conversion import to_maxtext
+    from maxtext.checkpoint_conversion.utils import hf_model_configs, hf_shape, param_mapping
+    from maxtext.checkpoint_conversion.utils import utils as hf_utils
     from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler, train_state_nnx
     from maxtext.configs import pyconfig, types
     from maxtext.input_pipeline import (

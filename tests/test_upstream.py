@@ -1,7 +1,6 @@
 """The contract with the engine: what upstream.py and its users rely on, so that an upgrade fails here by name."""
 
 import ast
-import importlib
 import importlib.metadata
 import inspect
 import operator
@@ -179,23 +178,13 @@ SOURCES = {
 }  # fmt: skip
 
 
-# What the scripts that convert import by themselves -> where it lies below maxtext.checkpoint_conversion.
-CONVERSION = {
-    "hf_model_configs": "utils.hf_model_configs",
-    "hf_shape": "utils.hf_shape",
-    "hf_utils": "utils.utils",
-    "param_mapping": "utils.param_mapping",
-    "to_maxtext": "to_maxtext",
-}
+# The modules that conversion alone uses.
+CONVERSION = {"hf_model_configs", "hf_shape", "hf_utils", "param_mapping", "to_maxtext"}
 
 
 def engine(name):
-    """The engine's object of that name, as it is reached through upstream.py or from a script that converts."""
-    module, _, rest = name.partition(".")
+    """The engine's object of that name, as it is reached through upstream.py."""
     try:
-        if module in CONVERSION:
-            found = importlib.import_module(f"maxtext.checkpoint_conversion.{CONVERSION[module]}")
-            return operator.attrgetter(rest)(found)
         return operator.attrgetter(name)(upstream)
     except (AttributeError, ImportError) as error:
         pytest.fail(f"{name} is gone: {error}")
@@ -238,11 +227,11 @@ FILES = [*ROOT.glob("MaxText/**/*.py"), *ROOT.glob("scripts/**/*.py")]
 
 
 def uses(file):
-    """The chains in a file that begin at `upstream.` or a module for conversion, or in upstream.py at any module."""
+    """The chains in a file that begin at `upstream.`, or in upstream.py at any module."""
     modules = {name.split(".")[0] for name in (*CALLS, *NAMES)}
     for node in ast.walk(ast.parse(file.read_text())):
         chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-        if file.name == "upstream.py" or chain.split(".")[0] in ("upstream", *CONVERSION):
+        if file.name == "upstream.py" or chain.startswith("upstream."):
             parts = chain.removeprefix("upstream.").split(".")
             if len(parts) > 1 and parts[0] in modules and all(part.isidentifier() for part in parts):
                 yield ".".join(parts)

@@ -17,7 +17,7 @@ def closed_at_the_end() -> Iterator[None]:
     # Batches that workers have made and nobody has read are cleaned up by Python's tracker, which gets these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     loading = upstream.multihost_dataloading
-    loading.MultiHostDataLoadIterator.__del__ = lambda self: None  # type: ignore[method-assign]
+    loading.MultiHostDataLoadIterator.__del__ = lambda self: None
     try:
         yield
     except Exception:

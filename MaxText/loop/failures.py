@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from MaxText import upstream
-from MaxText.console import first_line
+from MaxText.console import RunError, first_line
 
 # The addends of the loss as the metrics name them; which of them a run has depends on its step.
 TERMS = {"ce": "ce_loss", "kd": "kd_loss", "z": "z_loss", "moe": "moe_lb_loss", "mtp": "mtp_loss"}
@@ -26,10 +26,6 @@ NO_TOKEN_COUNTS = (
 )
 # After so many steps from the first in which no token counted, there is nothing to wait for.
 MOST_EMPTY_STEPS = 10
-
-
-class RunError(Exception):
-    """A run that cannot go on. Its text says at which step and why."""
 
 
 def divergence(scalars: Mapping[str, Any], step: int) -> tuple[str, list[float]]:

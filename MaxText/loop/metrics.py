@@ -17,7 +17,7 @@ import numpy as np
 from MaxText import upstream
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
-from MaxText.console import duration, readable, say
+from MaxText.console import RunError, duration, readable, say
 from MaxText.loop import failures
 
 Metrics = dict[str, Any]
@@ -141,7 +141,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
     def check_has_learned(self) -> None:
         """Raises RunError where steps were made and not one of them had a token that counted."""
         if self.empty_steps and not self.has_learned:
-            raise failures.RunError(
+            raise RunError(
                 f"{data_settings(self.config)}: in the {self.empty_steps} steps so far {failures.NO_TOKEN_COUNTS}"
             )
 
@@ -173,7 +173,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             ("abort_on_inf_loss", config.abort_on_inf_loss, np.isinf(values).any()),
         ):
             if wanted and found:
-                raise failures.RunError(f"{what}. The newest checkpoint is of an earlier step; {key}=false goes on.")
+                raise RunError(f"{what}. The newest checkpoint is of an earlier step; {key}=false goes on.")
 
     # Evaluation: sums over its batches, one division ------------------------------------------------------------
 

@@ -4,60 +4,60 @@ import json
 from pathlib import Path
 from typing import Any
 
+import benchmark_kd
 import jax
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-import benchmark_kd as bench  # noqa: E402
+from MaxText.benchmarks import loss as loss_lib
+from MaxText.benchmarks import programs, table, timing
 
 # N tokens, D student's width, E teacher's width, V vocabulary
 N, D, E, V = 512, 16, 24, 2048
 
 
 def row(name: str, seconds: list[float]) -> Any:
-    return bench.Row("loss", name, N, V, D, E, flops=1.0, seconds=seconds)
+    return programs.Row("loss", name, N, V, D, E, flops=1.0, seconds=seconds)
 
 
 def test_flops_are_those_of_the_dense_program_whose_loops_xla_can_count():
     """Without loops XLA counts all there is; what is not a matrix product is a small part at these widths."""
     tokens, vocabulary, width, teacher_width = 64, 512, 768, 1024
-    inputs = bench.loss_inputs(tokens, vocabulary, width, teacher_width)
+    inputs = loss_lib.loss_inputs(tokens, vocabulary, width, teacher_width)
 
     def loss(*arguments):
-        return bench.dense_kd(bench.Truncation("full"), *arguments)
+        return loss_lib.dense_kd(programs.Truncation("full"), *arguments)
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*inputs).compile()
-    counted = bench.kd_flops(tokens, vocabulary, width, teacher_width)
+    counted = programs.kd_flops(tokens, vocabulary, width, teacher_width)
     assert counted == 2 * 64 * 512 * (3 * 768 + 1024)
     assert counted < compiled.cost_analysis()["flops"] < 1.05 * counted
 
 
 def test_a_distillation_without_a_teacher_costs_what_cross_entropy_costs():
-    assert bench.kd_flops(N, V, D, 0) == bench.ce_flops(N, V, D)
-    assert bench.ce_flops(N, V, D, projections=2) == bench.ce_flops(N, V, D) * 4 / 3
+    assert programs.kd_flops(N, V, D, 0) == programs.ce_flops(N, V, D)
+    assert programs.ce_flops(N, V, D, projections=2) == programs.ce_flops(N, V, D) * 4 / 3
 
 
 def test_a_drift_that_hits_a_whole_round_moves_no_ratio():
     fast, slow = row("fast", [1.0, 1.0, 1.0]), row("slow", [2.0, 2.0, 2.0])
     drift = [1.0, 5.0, 0.3]
     drifting = [row(r.name, [d * s for d, s in zip(drift, r.seconds, strict=True)]) for r in (fast, slow)]
-    assert bench.ratio([slow], [fast]) == pytest.approx(2)
-    assert bench.ratio([drifting[1]], [drifting[0]]) == pytest.approx(2)
-    assert bench.ratio([slow], [fast, slow]) == pytest.approx(2 / 3)
+    assert timing.ratio([slow], [fast]) == pytest.approx(2)
+    assert timing.ratio([drifting[1]], [drifting[0]]) == pytest.approx(2)
+    assert timing.ratio([slow], [fast, slow]) == pytest.approx(2 / 3)
 
 
 def test_a_program_that_was_not_run_has_no_time_and_no_ratio():
-    entries = bench.compare([row(bench.CE_TILED, [1.0]), row(bench.KD_DENSE, [])])
+    entries = timing.compare([row(programs.CE_TILED, [1.0]), row(programs.KD_DENSE, [])])
     assert entries[0]["to_tiled_ce"] == 1
     assert entries[1]["median_seconds"] is None and entries[1]["to_tiled_ce"] is None
-    assert bench.cells(entries[1])[4:7] == ["-", "-", "-"]
+    assert table.cells(entries[1])[4:7] == ["-", "-", "-"]
 
 
 def test_a_program_larger_than_the_memory_is_not_run():
     small, large = row("small", []), row("large", [])
     large.temp_bytes = 2**60
-    assert bench.fits(small) and not bench.fits(large)
+    assert timing.fits(small) and not timing.fits(large)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_program_larger_than_the_memory_is_not_run():
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        bench.parse(arguments)
+        benchmark_kd.parse(arguments)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and named in line
@@ -83,7 +83,7 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], named: str, ca
 
 def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     """The file that a run of the benchmark wrote."""
-    bench.main(["--tokens", str(N), "--vocabulary", str(V), "--rounds", "2", "--out", str(folder), *arguments])
+    benchmark_kd.main(["--tokens", str(N), "--vocabulary", str(V), "--rounds", "2", "--out", str(folder), *arguments])
     return json.loads((folder / "benchmark.json").read_text())
 
 
@@ -105,7 +105,7 @@ def test_loss_rows_are_all_there_and_blocks_need_less_memory_than_dense_logits(
     report = measured(tmp_path, "--only", "loss", *widths)
     rows = {entry["name"]: entry for entry in report["rows"]}
     blocks = [name for name in rows if name.startswith("KD, blockwise")]
-    assert list(rows) == [bench.CE_DENSE, bench.CE_TILED, bench.KD_DENSE, *blocks]
+    assert list(rows) == [programs.CE_DENSE, programs.CE_TILED, programs.KD_DENSE, *blocks]
     assert blocks == [
         "KD, blockwise, full",
         *(
@@ -114,10 +114,10 @@ def test_loss_rows_are_all_there_and_blocks_need_less_memory_than_dense_logits(
             for strategy in ("renormalize", "other_bucket", "renormalize_teacher")
         ),
     ]
-    assert rows[bench.KD_DENSE]["temp_bytes"] >= 2 * 4 * N * V
+    assert rows[programs.KD_DENSE]["temp_bytes"] >= 2 * 4 * N * V
     for name in blocks:
         assert rows[name]["block"] < N
-        assert rows[name]["temp_bytes"] < rows[bench.CE_DENSE]["temp_bytes"] < rows[bench.KD_DENSE]["temp_bytes"]
+        assert rows[name]["temp_bytes"] < rows[programs.CE_DENSE]["temp_bytes"] < rows[programs.KD_DENSE]["temp_bytes"]
         assert rows[name]["flops"] == 2 * N * V * (3 * D + E)
     assert all(len(entry["seconds"]) == 2 and min(entry["seconds"]) > 0 for entry in report["rows"])
     assert_table_shows(report, capsys.readouterr().out)
@@ -130,7 +130,7 @@ def test_step_rows_compare_our_step_with_upstreams_and_a_forward_pass(
 ):
     report = measured(tmp_path, "--only", "step", "--width", "16", "--block-mib", "1")
     names = [entry["name"] for entry in report["rows"]]
-    assert names[:3] == [bench.STEP_CE, bench.TEACHER_LOGITS, bench.TEACHER_HIDDEN]
+    assert names[:3] == [programs.STEP_CE, programs.TEACHER_LOGITS, programs.TEACHER_HIDDEN]
     assert names[3:] == ["KD step, full", "KD step, top-k 64, renormalize", "KD step, top-p 0.9, renormalize"]
     for entry in report["rows"][3:]:
         assert 0 < entry["to_ce_and_logits"] < entry["to_tiled_ce"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import convert_teacher
 import export_student
-import hugging_face
 import jax
 import numpy as np
 import pytest
@@ -29,7 +28,12 @@ from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
-from MaxText.loop import failures, step
+from MaxText.console import RunError
+from MaxText.huggingface import convert as convert_lib
+from MaxText.huggingface import presets, shapes
+from MaxText.huggingface.architecture import architecture, configuration
+from MaxText.huggingface.families import GROUPS
+from MaxText.loop import step
 from MaxText.models import heads
 from MaxText.models import teacher as teacher_lib
 
@@ -164,8 +168,8 @@ def test_gemmas_table_is_exact_and_maxtexts_head_rounds_it_to_bfloat16(teachers)
 
 def test_several_files_and_several_writes_are_the_same_checkpoint(base, teachers, monkeypatch):
     golden.write("llama3", base / "files_hf", files=3)
-    monkeypatch.setattr(convert_teacher, "BATCH", 20_000)
-    monkeypatch.setattr(convert_teacher, "CHUNK", 4096)
+    monkeypatch.setattr(convert_lib, "BATCH", 20_000)
+    monkeypatch.setattr(convert_lib, "CHUNK", 4096)
     convert(base / "files_hf", base / "files", PRESETS["llama3"])
     assert_equal(arrays(base / "files"), arrays(teachers("llama3")))
     index = ocp.metadata(base / "files/0", checkpointable_name="items").metadata
@@ -269,34 +273,34 @@ def test_a_published_configuration_finds_its_preset(name):
         model_type, values = WRITTEN[name]
         config = transformers.AutoConfig.for_model(model_type, **values)
     else:
-        config = hugging_face.hf_model_configs.HF_MODEL_CONFIGS[name]
-    found, changed = hugging_face.choose(config, "")
-    assert (found, changed.keys() - {"vocab_size", *hugging_face.GROUPS}) == (name, set())
+        config = upstream.hf_model_configs.HF_MODEL_CONFIGS[name]
+    found, changed = presets.choose(config, "")
+    assert (found, changed.keys() - {"vocab_size", *GROUPS}) == (name, set())
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_configuration_comes_back_from_maxtexts_keys(name):
     config = transformers.AutoConfig.for_model(**golden.read(name)[0])
-    preset, changed = hugging_face.choose(config, PRESETS[name])
-    made = hugging_face.configuration(convert_teacher.maxtext_config(preset, changed, True))
-    assert hugging_face.architecture(made) == hugging_face.architecture(config)
+    preset, changed = presets.choose(config, PRESETS[name])
+    made = configuration(shapes.maxtext_config(preset, changed, True))
+    assert architecture(made) == architecture(config)
 
 
 def test_presets_by_whose_names_maxtext_routes_otherwise_are_no_candidates(monkeypatch):
     """A DeepSeek V3 smaller than any preset; of those with its decoder block some are other architectures."""
     config = transformers.AutoConfig.for_model(**golden.read("deepseek3")[0])
-    added = hugging_face.presets() | {"moonlight-16b": hugging_face.presets()["deepseek3-671b"]}
-    monkeypatch.setattr(hugging_face, "presets", lambda: added)
-    found = hugging_face.candidates(config)
+    added = presets.presets() | {"moonlight-16b": presets.presets()["deepseek3-671b"]}
+    monkeypatch.setattr(presets, "presets", lambda: added)
+    found = presets.candidates(config)
     assert found and all(name.startswith(("deepseek3-", "kimi-k2-")) for name in found)
     assert not {"routed_bias", "use_indexer", "engram_layers"}.intersection(*found.values())
     with pytest.raises(ConfigError, match="'deepseek2-16b': is no deepseek_v3; presets of this family are"):
-        hugging_face.choose(config, "deepseek2-16b")
+        presets.choose(config, "deepseek2-16b")
 
 
 def test_a_plain_llama_fits_a_preset_of_scaled_ones_with_the_scaling_off():
     config = transformers.AutoConfig.for_model(**golden.read("llama3")[0])
-    _, changed = hugging_face.choose(config, "llama3.1-8b")
+    _, changed = presets.choose(config, "llama3.1-8b")
     assert changed["rope_use_scale"] is False and "rope_type" not in changed
 
 
@@ -476,8 +480,8 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
     change, tmp_path, teachers, monkeypatch
 ):
     """It fails in its third write, and leaves a fourth that is not whole."""
-    monkeypatch.setattr(convert_teacher, "BATCH", 20_000)
-    write = convert_teacher.ocp.partial.save
+    monkeypatch.setattr(convert_lib, "BATCH", 20_000)
+    write = convert_lib.ocp.partial.save
     written: list[int] = []  # arrays in each write
 
     def failing(path: Any, tree: Any, **options: Any) -> None:
@@ -488,12 +492,12 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
 
     source = shutil.copytree(teachers("llama3").with_name("llama3_hf"), tmp_path / "hf")
     with monkeypatch.context() as patch:
-        patch.setattr(convert_teacher.ocp.partial, "save", failing)
-        with pytest.raises(failures.RunError, match=r"No space left on device.*goes on from here"):
+        patch.setattr(convert_lib.ocp.partial, "save", failing)
+        with pytest.raises(RunError, match=r"No space left on device.*goes on from here"):
             convert(source, tmp_path / "mt", PRESETS["llama3"])
     with pytest.raises(ConfigError, match="no MaxText checkpoint"):
         teacher_lib.find_checkpoint(str(tmp_path / "mt"))
-    before, unfinished = sum(written), tmp_path / "mt" / convert_teacher.PARTIAL
+    before, unfinished = sum(written), tmp_path / "mt" / convert_lib.PARTIAL
     whole_write = min(unfinished.iterdir())
     cut_off = shutil.copytree(
         whole_write, unfinished / f"{whole_write.name}.orbax-checkpoint-tmp"
@@ -511,7 +515,7 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
         options = ["--dtype", "bfloat16"]
     written.clear()
     monkeypatch.setattr(
-        convert_teacher.ocp.partial,
+        convert_lib.ocp.partial,
         "save",
         lambda path, tree, **options: (write(path, tree, **options), written.append(len(jax.tree.leaves(tree)))),
     )
@@ -558,13 +562,13 @@ def test_a_model_that_is_nowhere_is_one_message_and_status_2(hf, words, tmp_path
 )
 def test_what_no_config_json_can_say_is_refused(preset, changed, words):
     with pytest.raises(ConfigError, match=words):
-        hugging_face.configuration(convert_teacher.maxtext_config(preset, changed, True))
+        configuration(shapes.maxtext_config(preset, changed, True))
 
 
 def test_a_student_whose_preset_maxtext_knows_by_another_name_is_refused():
     config = types.SimpleNamespace(decoder_block=types.SimpleNamespace(value="deepseek"), model_name="mine")
     with pytest.raises(ConfigError, match=r"model_name=mine: .* begin with deepseek2 or deepseek3 or kimi-k2"):
-        hugging_face.configuration(config)
+        configuration(config)
 
 
 def test_an_export_of_other_settings_is_refused(teachers, tmp_path):

@@ -1,0 +1,126 @@
+"""The loss alone: the sum's value and its gradients for the hidden states [N, D] and the head [D, V].
+
+Beside our loss stand what it replaces: cross-entropy, dense and tiled as upstream does it, and a distillation that
+has both models' logits in memory.
+"""
+
+import functools
+import math
+import types
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from MaxText import upstream
+from MaxText.benchmarks import programs
+from MaxText.benchmarks.programs import Program, Row, Sizes, Truncation
+from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill.kd_loss import cross_entropy, kd_sums
+from MaxText.models import heads
+
+# N tokens, D student's width, E teacher's width, V vocabulary
+
+TEACHER_SPREAD = 8.0  # standard deviation of the teacher's logits: at T = 2 a nucleus of 0.9 holds about 1 % of V
+
+
+def project(head: jax.Array, hidden: jax.Array) -> jax.Array:
+    return hidden @ head
+
+
+class Shell(nnx.Module):
+    """The part of a model that upstream's tiled cross-entropy asks for: its head."""
+
+    def __init__(self, head: jax.Array):
+        self.logits_dense = nnx.Param(head)
+        self.mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+
+    def logits_from_hidden_states_for_vocab_tiling(self, hidden, deterministic, model_mode):
+        return hidden @ self.logits_dense.get_value()
+
+
+def upstream_tiled_ce(vocabulary: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    config = types.SimpleNamespace(
+        enable_dropout=False,
+        shard_mode=upstream.types.ShardMode.AUTO,
+        debug_sharding=False,
+        vocab_tiling_ag_once=False,
+        num_vocab_tiling=programs.TILES,
+        vocab_size=vocabulary,
+        z_loss_multiplier=0.0,
+    )
+    data = {"targets": targets[None], "targets_segmentation": jnp.ones_like(targets)[None]}
+    return upstream.pre_train.vocab_tiling_nnx_loss(Shell(head), hidden[None], data, config, True)[0]
+
+
+def dense_kd(kept: Truncation, hidden, head, teacher_hidden, teacher_head, targets) -> jax.Array:
+    sums = kd_sums(
+        project(head, hidden),
+        project(teacher_head, teacher_hidden),
+        targets,
+        jnp.ones(targets.shape, bool),
+        temperature=programs.TEMPERATURE,
+        top_k=kept.top_k,
+        top_p=kept.top_p,
+        truncation_strategy=kept.strategy,
+    )
+    return (1 - programs.ALPHA) * sums.ce_sum + programs.ALPHA * sums.kd_sum
+
+
+def block_kd(kept: Truncation, block: int, hidden, head, teacher_hidden, teacher_head, targets) -> jax.Array:
+    objective, _ = blockwise_kd(
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        targets,
+        jnp.ones(targets.shape, bool),
+        student_project=project,
+        teacher_project=project,
+        alpha=programs.ALPHA,
+        temperature=programs.TEMPERATURE,
+        top_k=kept.top_k,
+        top_p=kept.top_p,
+        truncation_strategy=kept.strategy,
+        block_size=block,
+    )
+    return objective
+
+
+def loss_inputs(tokens: int, vocabulary: int, width: int, teacher_width: int) -> tuple[jax.Array, ...]:
+    """Hidden states and heads of student and teacher, and targets."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    return (
+        jax.random.normal(keys[0], (tokens, width)),
+        jax.random.normal(keys[1], (width, vocabulary)) / math.sqrt(width),
+        jax.random.normal(keys[2], (tokens, teacher_width)),
+        jax.random.normal(keys[3], (teacher_width, vocabulary)) * (TEACHER_SPREAD / math.sqrt(teacher_width)),
+        jax.random.randint(keys[4], (tokens,), 0, vocabulary),
+    )
+
+
+def loss_programs(sizes: Sizes, tokens: int, vocabulary: int) -> Iterator[Program]:
+    """Each row of the loss for one shape, compiled when it is asked for."""
+    shape = (tokens, vocabulary, sizes.width, sizes.teacher_width)
+    inputs = loss_inputs(*shape)
+    student_alone = (inputs[0], inputs[1], inputs[4])
+
+    def program(name: str, flops: float, loss: Callable, arguments: tuple, block: int | None = None) -> Program:
+        row = Row("loss", name, *shape, flops=flops, block=block)
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+        return Program(programs.analysed(row, compiled), functools.partial(compiled, *arguments))
+
+    def dense_ce(hidden, head, targets):
+        return jnp.sum(cross_entropy(project(head, hidden), targets))
+
+    ce = programs.ce_flops(tokens, vocabulary, sizes.width)
+    tiled = programs.ce_flops(tokens, vocabulary, sizes.width, projections=2)  # once more in the backward pass
+    kd = programs.kd_flops(*shape)
+    yield program(programs.CE_DENSE, ce, dense_ce, student_alone)
+    yield program(programs.CE_TILED, tiled, functools.partial(upstream_tiled_ce, vocabulary), student_alone)
+    yield program(programs.KD_DENSE, kd, functools.partial(dense_kd, Truncation("full")), inputs)
+    for kept in programs.truncations(vocabulary):
+        block = min(tokens, heads.block_tokens(vocabulary, programs.distillation(sizes, kept)))
+        yield program(f"KD, blockwise, {kept.name}", kd, functools.partial(block_kd, kept, block), inputs, block)

@@ -1,0 +1,117 @@
+"""A model's architecture in both languages: config.json -> MaxText's keys, MaxText's configuration -> config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epy
+
+with epy.lazy_imports():
+    import transformers  # after upstream has quietened it
+
+from MaxText.config.keys import ConfigError
+from MaxText.huggingface.families import FAMILIES, GROUPS, family_of, gemma3_scalar, head_dim, layer_types
+from MaxText.huggingface.rotary import LLAMA31, YARN, interleaved, rotary
+
+CAPS = ("attn_logits_soft_cap", "final_logits_soft_cap")
+
+
+def architecture(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """MaxText's keys of the model that a Hugging Face configuration (of text alone) describes.
+
+    Raises:
+      ConfigError: MaxText has no decoder of that kind.
+    """
+    family = family_of(config)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError("quantization_config: quantized weights are not supported; use the original ones")
+    built_in = family.built_in | (
+        {"layer_types": layer_types(family, config.num_hidden_layers)} if family.pattern else {}
+    )
+    for name, only in built_in.items():
+        value = getattr(config, name)
+        if value != only and not (only is False and value is None):
+            raise ConfigError(f"{name}={value!r}: MaxText's {family.decoder_block} decoder has {only!r} built in")
+    settings = {key: getattr(config, name) or 0 for key, name in family.keys.items()} | family.own
+    if not family.is_latent:
+        settings["head_dim"] = head_dim(config)
+    if settings.get("n_routing_groups") == 1:  # all experts
+        settings |= dict.fromkeys(GROUPS, -1)
+    settings["logits_via_embedding"] = bool(settings["logits_via_embedding"])
+    if family.pattern:  # MaxText scales Gemma's embedding table itself by sqrt(width), and the logits back
+        settings["normalize_embedding_logits"] = True
+    elif settings["logits_via_embedding"]:
+        settings["normalize_embedding_logits"] = False
+    if family.decoder_block == "gemma2":  # a layer of MaxText's is a pair of Hugging Face's
+        settings["base_num_decoder_layers"] //= 2
+    return settings | rotary(config, family)
+
+
+def configuration(config: Any) -> transformers.PreTrainedConfig:
+    """The Hugging Face configuration of the model that MaxText's `config` describes.
+
+    Raises:
+      ConfigError: Hugging Face has no such architecture, or not with these settings.
+    """
+    block = config.decoder_block.value
+    of_block = {name: family for name, family in FAMILIES.items() if family.decoder_block == block}
+    if not of_block:
+        blocks = ", ".join(dict.fromkeys(family.decoder_block for family in FAMILIES.values()))
+        raise ConfigError(f"decoder_block={block}: not supported; supported are {blocks}")
+    model_type = next((name for name in of_block if config.model_name.startswith(of_block[name].names)), None)
+    if model_type is None:
+        names = " or ".join(start for family in of_block.values() for start in family.names)
+        raise ConfigError(f"model_name={config.model_name}: MaxText's {block} presets begin with {names}")
+    family = of_block[model_type]
+    settings: dict[str, Any] = {name: held(config, key) for key, name in family.keys.items()}
+    settings |= family.built_in
+    settings["max_position_embeddings"] = config.max_target_length
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config.rope_max_timescale)}
+    if model_type == "deepseek_v3":
+        settings["num_mtp_layers"] = 0  # they stay behind
+    if family.is_latent:
+        settings["q_lora_rank"] = settings["q_lora_rank"] or None
+        settings |= {name: 1 for key, name in GROUPS.items() if settings.get(name) == -1}
+        if config.rope_factor != 1:
+            scaled = {name: getattr(config, key) for key, (name, _) in YARN.items()}
+            settings["rope_parameters"] |= scaled | {"rope_type": "yarn", "mscale": config.mscale}
+            settings["max_position_embeddings"] = config.max_position_embeddings
+    else:
+        settings["head_dim"] = config.head_dim
+    if block == "gemma2":
+        settings["num_hidden_layers"] *= 2
+        settings["query_pre_attn_scalar"] = config.head_dim
+    if block == "gemma3":
+        settings["query_pre_attn_scalar"] = gemma3_scalar(config.model_name, settings)
+        scaled = {"rope_type": "linear", "factor": config.rope_linear_scaling_factor}
+        settings["rope_parameters"] = {
+            "full_attention": settings["rope_parameters"] | (scaled if scaled["factor"] != 1 else {}),
+            "sliding_attention": {"rope_type": "default", "rope_theta": float(config.local_rope_max_timescale)},
+        }
+    if family.pattern:
+        settings["layer_types"] = layer_types(family, settings["num_hidden_layers"])
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            settings[name] = settings[name] or None
+    if interleaved(config) and config.rope_use_scale:
+        settings["rope_parameters"] |= LLAMA31
+    made = transformers.AutoConfig.for_model(model_type, **settings)
+    check_same(config, architecture(made))
+    return made
+
+
+def held(config: Any, key: str) -> Any:
+    """A base_* key is multiplied by what global_parameter_scale says; the model has the product."""
+    return getattr(config, {"base_moe_mlp_dim": "moe_mlp_dim"}.get(key, key.removeprefix("base_")))
+
+
+def check_same(config: Any, settings: dict[str, Any]) -> None:
+    """Whatever of the model config.json has no word for would be lost without a word."""
+    activation = "gelu" if config.decoder_block.value.startswith("gemma") else "silu"
+    settings = dict.fromkeys(CAPS, 0) | {"mlp_activations": [activation, "linear"]} | settings
+    for key, value in settings.items():
+        own = held(config, key)
+        own = getattr(own, "value", own)
+        if key == "rope_type" and interleaved(config):  # llama3.1 without its scaling is plain
+            continue
+        if (own or 0) != (value or 0):
+            raise ConfigError(f"{key}={own!r}: Hugging Face's model of this kind has {value!r}")

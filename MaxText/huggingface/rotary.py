@@ -1,0 +1,93 @@
+"""Rotary positions: what a config.json says of them, in MaxText's keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epy
+
+with epy.lazy_imports():
+    import transformers  # after upstream has quietened it
+
+from MaxText.config.keys import ConfigError
+from MaxText.huggingface.families import Family
+
+# The scaling of rotary positions that MaxText's `rope_type: llama3.1` has built in.
+LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, Any]:
+    """MaxText's keys for rotary positions."""
+    given = dict(config.rope_parameters)
+    if family.is_latent:
+        return yarn(config, given)
+    if family.decoder_block == "gemma3":
+        local, given = dict(given["sliding_attention"]), dict(given["full_attention"])
+        if local.get("rope_type", "default") == "default":
+            keys: dict[str, Any] = {"local_rope_max_timescale": int(local["rope_theta"])}
+            keys["rope_linear_scaling_factor"] = given.get("factor", 1.0)
+            if given.get("rope_type", "default") in ("default", "linear"):
+                return keys | {"rope_max_timescale": int(given["rope_theta"])}
+    scaling = {name: value for name, value in given.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    keys = {"rope_max_timescale": int(given["rope_theta"]), "rope_type": "default"}
+    if given.get("partial_rotary_factor", 1.0) == 1.0:
+        if scaling.get("rope_type", "default") == "default":
+            return keys
+        if scaling == LLAMA31 and family.decoder_block == "llama2":
+            return keys | {"rope_type": "llama3.1", "rope_use_scale": True}
+    raise ConfigError(
+        f"rope_parameters={config.rope_parameters!r}: MaxText's {family.decoder_block} decoder cannot scale rotary "
+        "positions so" + (f"; of Llama's scalings it has {LLAMA31!r}" if family.decoder_block == "llama2" else "")
+    )
+
+
+# MaxText's key -> what config.json calls it among its parameters of rotary positions, and its value if left out.
+YARN = {
+    "rope_factor": ("factor", 1),
+    "original_max_position_embeddings": ("original_max_position_embeddings", 4096),
+    "beta_fast": ("beta_fast", 32),
+    "beta_slow": ("beta_slow", 1),
+    "mscale": ("mscale_all_dim", 1),
+}
+
+
+def yarn(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """MaxText's keys for DeepSeek's rotary positions, which turn neighbours in a head; plain ones are YaRN's by 1.
+
+    MaxText's `rope_type: default` turns halves of a head instead.
+    """
+    keys = {"rope_type": "yarn", "rope_interleave": True, "rope_max_timescale": int(given["rope_theta"])}
+    if given.get("rope_type", "default") == "default":
+        return keys | {"rope_factor": 1}
+    values = {key: given.get(name) or default for key, (name, default) in YARN.items()}
+    whole = {key: value if key == "mscale" else int(value) for key, value in values.items()}
+    length = config.max_position_embeddings
+    if (
+        given["rope_type"] == "yarn"
+        and whole == values
+        and (given.get("mscale") or 0) == (given.get("mscale_all_dim") or 0) != 0
+        and given.get("truncate", True)
+        and given.get("attention_factor") is None
+        and given.get("partial_rotary_factor", 1) == 1
+        and length > whole["original_max_position_embeddings"]
+    ):
+        keys |= {"max_position_embeddings": length, "rope_truncate": True, "rope_attention_scaling": False}
+        return keys | whole
+    raise ConfigError(
+        f"rope_parameters={config.rope_parameters!r}: MaxText's deepseek decoder scales rotary positions by YaRN with "
+        "whole numbers, equal mscale and mscale_all_dim, and original_max_position_embeddings below "
+        f"max_position_embeddings ({length})"
+    )
+
+
+def interleaved(config: Any) -> bool:
+    """Whether MaxText rotates pairs of neighbours in a head (its llama3.1 positions) rather than halves of it."""
+    return str(getattr(config.rope_type, "value", config.rope_type)) == "llama3.1" or config.model_name.startswith(
+        "llama3.1"
+    )

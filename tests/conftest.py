@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from voice import unknown_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs/smoke.yml")
@@ -121,6 +122,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
         arguments = [SMOKE, *(f"{key}={value}" for key, value in keys.items())]
         result = execute(list(program), arguments, base / name, devices)
         assert result.status == 0, result.output[-4000:]
+        if program == ("MaxText/train.py",) and "log_config" not in keys:
+            assert not unknown_lines(result.output), result.output
         return result
 
     return run

@@ -1,0 +1,22 @@
+"""What a run may say: every line of an ordinary run's output is of one of these forms, or it is noise."""
+
+import re
+
+_NUMBER = r"[-\d.e+]+[kMBT]?"
+_FORMS = [
+    r" *(run|student|teacher|loss|tokens|devices)  .*",  # the header
+    r" {10}(from|in blocks of) .*",
+    rf"step +\d+/\d+ \| loss {_NUMBER} \| .*",
+    rf"eval after step \d+: ce {_NUMBER} \| .* tokens",
+    r"warning: .*",
+    r"checkpoints: .*",
+    r"training stopped: .*",
+    r"nothing left to do: .*",
+    r"",
+]
+_KNOWN = re.compile("|".join(f"(?:{form})" for form in _FORMS))
+
+
+def unknown_lines(output: str) -> list[str]:
+    """The lines that none of the forms describes, upstream's with log_config=true apart."""
+    return [line for line in output.splitlines() if not _KNOWN.fullmatch(line)]

@@ -4,6 +4,7 @@ Whatever is wrong with the input is found here and raised as ConfigError: one me
 allowed. The teacher's settings follow (teacher.py), once its checkpoint has told how its layers are stored.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -63,7 +64,10 @@ def initialize(argv: list[str]) -> Run:
     folder = preset_folder("model_name", student_preset, pathlib.Path(path).parent)
     upstream.set_verbose(merged_flag(base, user, "log_config"))
     upstream.prepare_runtime()
-    student = resolved("", merged, folder, arguments, schema)
+    on_cpu = str((user | environment_keys(schema)).get("hardware", base["hardware"])) == "cpu"
+    # The first touch of devices: where libtpu is installed, it tells at length that there is no TPU.
+    with upstream.quietly() if on_cpu else contextlib.nullcontext():
+        student = resolved("", merged, folder, arguments, schema)
     check_run(student)
     # Below one row a device MaxText reads a row for each and evaluates on a part of them.
     rows = student.global_batch_size_to_load_eval

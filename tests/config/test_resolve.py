@@ -1,5 +1,6 @@
 """Laws of the configuration: which file wins, what the teacher takes from the student's run, what is refused."""
 
+import os
 import pathlib
 
 import pytest
@@ -153,3 +154,15 @@ def test_a_preset_beside_the_config_wins(tmp_path):
     (tmp_path / "mine.yml").write_text("base_config: base.yml\nmodel_name: tiny-qwen3\nrun_name: x\nhardware: cpu\n")
     run = resolve.initialize(["train.py", str(tmp_path / "mine.yml"), "skip_jax_distributed_system=true"])
     assert run.student.emb_dim == 112
+
+
+def test_what_libraries_say_while_devices_are_found_stays_off_the_screen_on_cpus(tmp_path, monkeypatch, capfd):
+    resolve_config = upstream.resolve_config
+
+    def noisy(*arguments, **overrides):
+        os.write(2, b"could not determine TPU accelerator type\n")
+        return resolve_config(*arguments, **overrides)
+
+    monkeypatch.setattr(upstream, "resolve_config", noisy)
+    resolve.initialize(["train.py", SMOKE, f"base_output_directory={tmp_path}"])
+    assert capfd.readouterr().err == ""

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import token_rows
 from conftest import ENGINE, SMOKE, Result, environment, run_here
 
 pytestmark = pytest.mark.e2e
@@ -74,3 +75,14 @@ def test_two_processes_train_as_one_and_leave_one_checkpoint_and_one_metrics_fil
     for name in ("loss", "kd_loss", "ce_loss", "raw_grad_norm", "total_weights"):
         np.testing.assert_allclose(both.column(f"learning/{name}"), one.column(f"learning/{name}"), rtol=5e-4)
     assert sorted(path.name for path in (tmp_path / "both").glob("*.jsonl")) == ["metrics.jsonl"]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_all_of_the_data_though_one_has_more_of_it(keys, tmp_path):
+    lengths = [33, 20, 9, 2, 31, 12, 25, 7, 18]  # five rows for one process, four for the other: three batches and two
+    file = token_rows.write(tmp_path / "rows.arrayrecord", lengths, seed=1)
+    data = token_rows.KEYS | {"grain_train_files": file, "grain_eval_files": file, "num_epoch": 9}
+    own = data | {"eval_interval": 2, "eval_steps": -1, "steps": 2, "enable_checkpointing": "false", "run_name": "both"}
+    two_processes(tmp_path, *(f"{key}={value}" for key, value in (keys | own).items()))
+    (row,) = Result(0, "", tmp_path / "both").rows("evaluation/")
+    assert row["evaluation/total_weights"] == sum(min(length, 32) - 1 for length in lengths)

@@ -78,11 +78,12 @@ def test_two_processes_train_as_one_and_leave_one_checkpoint_and_one_metrics_fil
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_all_of_the_data_though_one_has_more_of_it(keys, tmp_path):
+def test_two_processes_evaluate_all_of_the_data_though_one_has_more_of_it(teacher, tmp_path):
     lengths = [33, 20, 9, 2, 31, 12, 25, 7, 18]  # five rows for one process, four for the other: three batches and two
     file = token_rows.write(tmp_path / "rows.arrayrecord", lengths, seed=1)
     data = token_rows.KEYS | {"grain_train_files": file, "grain_eval_files": file, "num_epoch": 9}
+    keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "per_device_batch_size": 1}
     own = data | {"eval_interval": 2, "eval_steps": -1, "steps": 2, "enable_checkpointing": "false", "run_name": "both"}
     two_processes(tmp_path, *(f"{key}={value}" for key, value in (keys | own).items()))
-    (row,) = Result(0, "", tmp_path / "both").rows("evaluation/")
-    assert row["evaluation/total_weights"] == sum(min(length, 32) - 1 for length in lengths)
+    targets = sum(min(length, 32) - 1 for length in lengths)
+    assert Result(0, "", tmp_path / "both").column("evaluation/total_weights") == [targets, targets]

@@ -16,7 +16,6 @@ deduplication and filtering.
 """
 
 import argparse
-import collections
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from MaxText import console
 from MaxText.text.documents import SUFFIXES, InputError
 from MaxText.text.plan import Plan
 from MaxText.text.preparation import prepare
+from MaxText.text.record import nothing_in
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Plan, int]:
@@ -64,13 +64,17 @@ def parse_arguments(arguments: list[str]) -> tuple[Plan, int]:
             parser.error(f"--{option.replace('_', '-')} {getattr(given, option)}: allowed is {allowed}")
     for path in given.inputs:
         if not path.is_file():
-            parser.error(f"{path}: no such file")
+            parser.error(f"{path}: is a folder; name the files in it" if path.is_dir() else f"{path}: no such file")
         if not path.name.endswith(SUFFIXES):
             parser.error(f"{path}: unknown kind of file; allowed are {', '.join(SUFFIXES)}")
-    if twice := [path for path, count in collections.Counter(given.inputs).items() if count > 1]:
-        parser.error(f"{twice[0]}: is named twice")
+    files: dict[tuple[int, int], Path] = {}
+    for path in given.inputs:
+        status = path.stat()
+        first = files.setdefault((status.st_dev, status.st_ino), path)
+        if first is not path:
+            parser.error(f"{path}: is named twice" if first == path else f"{first} and {path}: are one file")
     names = ("out", "text_key", "sample_by", "shards", "eval_fraction", "seed")
-    return Plan(inputs=tuple(given.inputs), **{name: getattr(given, name) for name in names}), given.max_bad
+    return Plan(inputs=tuple(sorted(given.inputs)), **{name: getattr(given, name) for name in names}), given.max_bad
 
 
 def main(arguments: list[str]) -> None:
@@ -78,6 +82,9 @@ def main(arguments: list[str]) -> None:
     plan, max_bad = parse_arguments(arguments)
     with console.errors_as_lines(failed=InputError, hint="; the same command goes on"):
         manifest = prepare(plan, max_bad, output)
+    for entry in manifest["inputs"]:
+        if not entry["documents"]:
+            output.print(f"note: {nothing_in(entry)}")
     for split in ("train", "eval"):
         if split in manifest:
             entry = manifest[split]

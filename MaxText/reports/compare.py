@@ -1,6 +1,7 @@
 """What there is to say of runs beside each other."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,17 @@ from MaxText.reports import run_records
 from MaxText.reports.curves import charts_of
 from MaxText.reports.groups import Group, check_evaluations, group
 from MaxText.reports.page import Report
-from MaxText.reports.run_records import Run
+from MaxText.reports.run_records import RecordError, Run
 from MaxText.reports.tables import differences, flops_per_step, results
+
+
+def check_each_is_named_once(runs: Sequence[Run], paths: Sequence[Path]) -> None:
+    """A run under a second spelling of its path would be a second seed, and the spread of seeds too small."""
+    known: dict[tuple[str, str], Path] = {}
+    for run, path in zip(runs, paths, strict=True):
+        first = known.setdefault((os.path.realpath(run.source), run.name), path)
+        if first is not path:
+            raise RecordError(f"{first} and {path}: are one run")
 
 
 def compare(paths: Sequence[Path]) -> Report:
@@ -19,6 +29,7 @@ def compare(paths: Sequence[Path]) -> Report:
       RecordError: a run cannot be read, or the runs cannot be compared.
     """
     runs = [run_records.read_run(path) for path in paths]
+    check_each_is_named_once(runs, paths)
     names = [run.name for run in runs]
     runs = [
         dataclasses.replace(run, name=str(path)) if names.count(run.name) > 1 else run

@@ -31,12 +31,14 @@ class Run:
 
     Attributes:
       name: its run_name.
+      source: the file, or the folder of events, that holds its metrics; several runs may share one.
       rows: metrics by name, and `step`; in the order of the steps.
       settings: key -> value, as text; every key of the run if `complete`, else what distillation.json holds.
       notes: what was tolerated while reading.
     """
 
     name: str
+    source: Path
     rows: Rows
     settings: dict[str, str]
     complete: bool
@@ -109,7 +111,7 @@ def read_run(path: Path) -> Run:
         )
     if not any(key.startswith(("learning/", "evaluation/")) for row in rows for key in row):
         raise RecordError(f"{source}: holds no metrics: no step was logged yet, or this is another kind of file")
-    return Run(name, rows, settings, bool(texts), tuple(f"{source}: {note}" for note in notes))
+    return Run(name, source, rows, settings, bool(texts), tuple(f"{source}: {note}" for note in notes))
 
 
 # The metrics file ---------------------------------------------------------------------------------------------------

@@ -90,6 +90,9 @@ def load(path: Path, overrides: Sequence[str]) -> list[Run]:
         sweep = Sweep.model_validate(keys)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
+    parts = {"grid": sweep.grid, "seeds": sweep.seeds} | {f"grid.{key}": values for key, values in sweep.grid.items()}
+    if empty := next((f"{name}={part}" for name, part in parts.items() if not part), ""):
+        raise ConfigError(f"{path}: {empty}: asks for no run")
     common = sweep.keys | omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(overrides)))
     runs = []
     for corner in itertools.product(*(axis(key, values) for key, values in sweep.grid.items())):
@@ -97,6 +100,8 @@ def load(path: Path, overrides: Sequence[str]) -> list[Run]:
         if not any(excluded.items() <= keys.items() for excluded in sweep.exclude):
             point = "-".join(label for label, _ in corner)
             runs += [Run(point, seed, sweep.config, common | keys) for seed in sweep.seeds]
+    if not runs:
+        raise ConfigError(f"{path}: exclude leaves no run")
     check(path, runs)
     return runs
 
@@ -112,6 +117,8 @@ def check(path: Path, runs: list[Run]) -> None:
     schema, names = config_class(), [run.name for run in runs]
     for run in {run.point: run for run in runs}.values():
         try:
+            if key := next((key for key in SEED_KEYS if key in run.keys), ""):
+                raise ConfigError(f"{key}={run.keys[key]}: is set to each of seeds")
             check_keys(run.settings, schema)
             check_kd(run.settings)
             for key, why in (("steps", "whole numbers from 1 on"), ("eval_interval", "evaluations are compared")):

@@ -4,6 +4,7 @@ Read by the line or the row: of a line that is too long no more is ever held tha
 purpose: tokenisation (the pipeline does it), deduplication and filtering.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -52,6 +53,7 @@ def read(path: Path, file: BinaryIO, text_key: str, sample_by: str) -> Records:
         return
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(gzip.GzipFile(fileobj=file)) if kind.endswith(".gz") else file
+        skip_mark(path, stream)
         if kind.startswith(".jsonl"):
             records: Records = ((line, parse(raw, text_key)) for line, raw in read_lines(stream))
         elif sample_by == "line":
@@ -59,6 +61,15 @@ def read(path: Path, file: BinaryIO, text_key: str, sample_by: str) -> Records:
         else:
             records = read_passages(stream, sample_by)
         yield from records
+
+
+def skip_mark(path: Path, stream: Any) -> None:
+    """Goes past a byte order mark, which says how the file is encoded and is no part of its text."""
+    mark = stream.read(len(codecs.BOM_UTF8))
+    if mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # the first is UTF-32's, too
+        raise InputError(f"{path}: by its byte order mark this is UTF-16 or UTF-32; UTF-8 is expected")
+    if mark != codecs.BOM_UTF8:
+        stream.seek(0)
 
 
 def read_lines(stream: Any) -> Iterator[tuple[int, bytes | Bad]]:
@@ -123,6 +134,8 @@ def parse(raw: bytes | Bad, key: str) -> bytes | Bad:
         return Bad(f"a JSON object is expected, not {type(row).__name__}")
     if key not in row:
         return Bad(f"has no {key!r}; its keys: {', '.join(map(repr, list(row)[:8])) or 'none'}")
+    if row[key] is None:
+        return Bad(f"{key!r} is null")
     if not isinstance(row[key], str):
         return Bad(f"{key!r} is no text but {type(row[key]).__name__}")
     try:

@@ -6,7 +6,6 @@ or at the first unfinished shard. A shard gets its name when it is whole.
 """
 
 import fcntl
-import hashlib
 import itertools
 import os
 import shutil
@@ -19,7 +18,7 @@ from MaxText.text import documents, shards
 from MaxText.text.buckets import Buckets, bucket_name, sorted_bucket
 from MaxText.text.documents import Bad, InputError
 from MaxText.text.plan import PLACES, Plan
-from MaxText.text.record import State, begin, finished, save, stamp
+from MaxText.text.record import State, begin, digest, finished, nothing_in, save, stamp
 
 REPORT_EVERY = 1000  # documents between two looks at the progress bar
 
@@ -30,12 +29,13 @@ def distribute(plan: Plan, state: State, progress: Progress) -> None:
     counts_of = {split: count * state["buckets_per_shard"] for split, count in plan.shard_counts.items()}
     plan.bad_lines.touch()
     os.truncate(plan.bad_lines, state["bad_bytes"])
-    done = {entry["path"] for entry in state["inputs"]}
+    done = {os.path.realpath(entry["path"]) for entry in state["inputs"]}
     task = progress.add_task("reading", total=sum(path.stat().st_size for path in plan.inputs))
     before = 0  # bytes of the inputs before this one
     for path in plan.inputs:
-        if str(path) not in done:
-            entry: dict[str, Any] = {"path": str(path), **stamp(path), "documents": 0, "blank": 0, "bad": 0}
+        if os.path.realpath(path) not in done:
+            as_begun = stamp(path)
+            entry: dict[str, Any] = {"path": str(path), **as_begun, "documents": 0, "blank": 0, "bad": 0}
             with path.open("rb") as file, plan.bad_lines.open("a") as bad_lines, documents.refusals(path, entry):
                 for line, text in documents.read(path, file, plan.text_key, plan.sample_by):
                     if isinstance(text, Bad):
@@ -49,8 +49,9 @@ def distribute(plan: Plan, state: State, progress: Progress) -> None:
                         buckets.add(bucket_name(split, place * counts_of[split] // PLACES), place, text)
                     if line % REPORT_EVERY == 0:
                         progress.update(task, completed=before + file.tell(), description=f"reading {path.name}")
-                file.seek(0)
-                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            entry["sha256"] = digest(path)
+            if stamp(path) != as_begun:
+                raise InputError(f"{path}: has changed while it was read; the same command reads it again")
             buckets.flush()
             state["inputs"].append(entry)
             state |= {"buckets": buckets.sizes, "bad_bytes": plan.bad_lines.stat().st_size}
@@ -75,6 +76,11 @@ def write_shards(plan: Plan, state: State, progress: Progress) -> None:
                 for file in files:
                     file.unlink(missing_ok=True)
             progress.update(task, advance=1)
+
+
+def check_there_are_documents(state: State) -> None:
+    if not any(entry["documents"] for entry in state["inputs"]):
+        raise InputError("; ".join(map(nothing_in, state["inputs"])))
 
 
 def check_shards_are_filled(plan: Plan, state: State) -> None:
@@ -122,6 +128,7 @@ def prepare(plan: Plan, max_bad: int, console: Console) -> dict[str, Any]:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             distribute(plan, state, progress)
             check_bad_lines(plan, state, max_bad)
+            check_there_are_documents(state)
             check_shards_are_filled(plan, state)
             write_shards(plan, state, progress)
         totals = {

@@ -42,7 +42,9 @@ def arguments(*more, tpu="v5litepod-256", image=IMAGE, output="gs://bucket/runs"
 
 def printed(capsys, *more, **keys):
     assert submit_xpk.main(arguments(*more, *TPU, **keys)) == 0
-    return capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
 
 
 def jobset(capsys, *more, **keys):
@@ -95,6 +97,29 @@ def test_settings_reach_the_trainer_as_they_were_typed(capsys, tmp_path):
     output = subprocess.run(["bash", "-c", f"({shown})"], capture_output=True, text=True, check=True).stdout
     assert output == f"{expected}\n"
     assert pod(jobset(capsys, *AWKWARD))["containers"][0]["command"][3:] == expected
+
+
+@pytest.mark.e2e
+def test_a_dry_run_says_the_call_and_nothing_else():
+    """As a process of its own: it is at the engine's first import that others greet."""
+    words = arguments("--dry-run", *TPU)
+    result = subprocess.run([sys.executable, "scripts/submit_xpk.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == (
+        "xpk workload create '--command=exec bash deploy/restartable.sh python MaxText/train.py configs/smoke.yml "
+        "hardware=tpu skip_jax_distributed_system=false metrics_file= run_name=smoke "
+        "base_output_directory=gs://bucket/runs' --cluster=pod --workload=smoke --tpu-type=v5litepod-256 "
+        "--num-slices=1 --max-restarts=10 --restart-on-exit-codes=1 --termination-grace-period-seconds=300 "
+        "--docker-image=gcr.io/project/image:1\n"
+    )
+
+
+def test_a_rendered_jobset_is_all_that_is_said(capfd):
+    said = printed(capfd, "--render-jobset", "--env=A=b")
+    lines = said.splitlines()
+    assert lines[0] == (ROOT / "deploy/jobset.yaml").read_text().splitlines()[0]
+    assert lines[-1].strip() == "google.com/tpu: 4"
+    assert list(yaml.safe_load(said)) == ["apiVersion", "kind", "metadata", "spec"]
 
 
 def test_bad_input_costs_one_message_and_status_2():

@@ -87,6 +87,12 @@ def test_only_takes_runs_or_points(write):
         ({"sedes": [1]}, "sedes"),
         ({"grid": {"kd_alpha": 0.5}}, "grid.kd_alpha"),
         ({"seeds": "all"}, "seeds"),
+        ({"seeds": []}, "seeds=[]: asks for no run"),
+        ({"grid": {}}, "grid={}: asks for no run"),
+        ({"grid": GRID | {"kd_top_p": []}}, "grid.kd_top_p=[]: asks for no run"),
+        ({"exclude": [{}]}, "exclude leaves no run"),
+        ({"keys": KEYS | {"init_weights_seed": 5}}, "init_weights_seed=5: is set to each of seeds"),
+        ({"grid": {"data_shuffle_seed": [0, 1]}}, "data_shuffle_seed=0: is set to each of seeds"),
         ({"config": "configs/none.yml"}, "configs/none.yml: no such config file"),
         ({"grid": {"kd_alhpa": [1]}}, "did you mean kd_alpha"),
         ({"grid": {"kd_alpha": [2]}}, "alpha2: kd_alpha=2"),
@@ -130,6 +136,21 @@ def kd_keys(run):
 
 
 DEFAULTS = yaml.safe_load((ROOT / "MaxText/configs/base.yml").read_text())
+
+
+def test_a_dry_run_says_the_commands_and_nothing_else(write, tmp_path, capfd):
+    assert sweep.main([str(write()), "--out", str(tmp_path), "--dry-run", "--only", "alpha0.5-k4"]) == 0
+    said = capfd.readouterr()
+    name = "alpha0.5-k4-seed0"
+    assert said.out == (
+        f"{grid.PYTHON} MaxText/train.py configs/smoke.yml eval_interval=2 eval_steps=1 "
+        "kd_teacher_parameters_path=gs://b/t steps=3 use_kd=true kd_alpha=0.5 kd_top_k=4 "
+        "init_weights_seed=0 data_shuffle_seed=0 "
+        f"run_name={name} base_output_directory={tmp_path} metrics_file={tmp_path}/{name}/metrics.jsonl\n"
+    )
+    assert said.err == ""
+    assert not (tmp_path / name).exists()
+
 
 # Runs that are there --------------------------------------------------------------------------------------------------
 
@@ -191,7 +212,11 @@ def test_finished_runs_are_kept_failed_ones_are_told_and_the_others_go_on(write,
     monkeypatch.setattr(subprocess, "run", trainer)
     assert sweep.main([str(path), "--out", str(out)]) == 1
     assert started == ["alpha0.5-full-seed0", "alpha0.5-k4-seed0", "alpha1.0-full-seed0", "alpha1.0-k4-seed0"]
-    told = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    first, *others = (line for line in said.out.splitlines() if line.strip() and not line.startswith("|"))
+    assert first == "4 runs, 0 finished earlier"
+    assert [line.partition("  $ ")[0] for line in others] == started
+    told = said.err.splitlines()
     assert told[0].startswith("failed: alpha0.5-k4-seed0: status 1, see") and "train.log" in told[0]
     assert told[1].startswith("failed: alpha1.0-full-seed0: ended before its last step") and len(told) == 2
     lines = (out / "results.md").read_text().split("\n")

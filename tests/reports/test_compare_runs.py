@@ -251,6 +251,30 @@ def test_a_run_named_twice_is_refused(record: Callable[..., Path], capsys: pytes
     assert "is named twice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("spelling", ["{a}/../a", "{a}/metrics.jsonl", "link", "a"])
+def test_a_run_under_two_spellings_is_no_second_seed(record: Callable[..., Path], spelling: str) -> None:
+    folder = record("a")
+    Path("link").symlink_to("a")
+    with pytest.raises(SystemExit, match=r"a and .*: are one run"):
+        compare(folder, Path(spelling.format(a=folder)))
+    assert not Path("report").exists()
+
+
+def test_a_run_without_a_metrics_file_is_known_by_its_events(record: Callable[..., Path]) -> None:
+    folder = record("a", events_only=True)
+    with pytest.raises(SystemExit, match="are one run"):
+        compare(folder, Path("a"))
+
+
+@pytest.mark.usefixtures("one_chart")
+def test_two_runs_in_one_metrics_file_are_two(record: Callable[..., Path]) -> None:
+    folders = [record(name, metrics_file="metrics.jsonl") for name in "ab"]
+    Path("metrics.jsonl").write_text("".join((folder / "metrics.jsonl").read_text() for folder in folders))
+    for folder in folders:
+        (folder / "metrics.jsonl").unlink()
+    assert results(*folders)["a (2 runs)"]["runs"] == "2"
+
+
 # What belongs together ----------------------------------------------------------------------------------------------
 
 
@@ -432,6 +456,21 @@ def test_the_page_holds_every_chart_and_loads_nothing(record: Callable[..., Path
     assert "@import" not in text and "url(http" not in text
     slugs = {slug for slug, *_ in curves.CURVES} | {"speed"}
     assert {file.stem for file in Path("report").glob("*.png")} == slugs
+
+
+@pytest.mark.usefixtures("one_chart")
+def test_a_comparison_says_where_its_page_is_and_what_to_know(
+    record: Callable[..., Path], capfd: pytest.CaptureFixture
+) -> None:
+    compare(record("a"), record("b", grain_eval_files="other.arrayrecord"))
+    said = capfd.readouterr()
+    assert said.out.splitlines() == [
+        "note: The teacher's share of the FLOPs was not recorded for a, b: known is the sum.",
+        "note: grain_eval_files differs (eval.arrayrecord, other.arrayrecord), though the evaluations are of equally "
+        "many tokens: make sure that they are of the same ones",
+        "report/index.html: 2 runs, 2 charts, each a PNG file beside it too",
+    ]
+    assert said.err == ""
 
 
 @pytest.mark.usefixtures("one_chart")

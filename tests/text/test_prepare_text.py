@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import prepare_text
 import pyarrow
@@ -20,7 +22,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from maxtext.input_pipeline.protos import example_pb2
 
-from MaxText.text import buckets
+from MaxText.text import buckets, preparation
 from MaxText.text import documents as reader
 from MaxText.text import record as memory
 from MaxText.text import shards as writer
@@ -169,6 +171,29 @@ def test_a_txt_is_cut_as_asked(prepare: Callable[..., Path], sample_by: str, exp
     assert sorted(documents(out, "train")) == sorted(expected)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+def test_a_byte_order_mark_is_no_part_of_the_first_document(
+    prepare: Callable[..., Path], suffix: str, sample_by: str
+) -> None:
+    lines = ["", "", '{"text": "é"}']  # blank lines first: the mark makes no text of them
+    data = "\n".join(lines).encode("utf-8-sig")
+    Path(f"a{suffix}").write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    out = prepare(f"a{suffix}", options=f"--eval-fraction 0 --sample-by {sample_by}")
+    assert documents(out, "train") == [lines[-1] if "txt" in suffix else "é"]
+
+
+def test_the_order_of_the_inputs_leaves_no_trace(prepare: Callable[..., Path]) -> None:
+    for name in "abc":
+        write_jsonl(f"{name}.jsonl", [f"{name} {text}" for text in TEXTS])
+        with Path(f"{name}.jsonl").open("a") as file:
+            file.write("{\n")
+    one = prepare("a.jsonl", "b.jsonl", "c.jsonl", out="one", options="--max-bad 3")
+    other = prepare("c.jsonl", "a.jsonl", "b.jsonl", out="other", options="--max-bad 3")
+    for name in ("bad_lines.txt", "manifest.json"):
+        assert (one / name).read_text() == (other / name).read_text().replace("other/", "one/")
+
+
 def test_the_manifest_tells_what_went_in_and_what_came_out(prepare: Callable[..., Path]) -> None:
     write_jsonl("a.jsonl", [*TEXTS, "", " \n"])
     out = prepare("a.jsonl", options="--shards 2 --seed 3 --eval-fraction 0.1")
@@ -192,7 +217,7 @@ def test_the_manifest_tells_what_went_in_and_what_came_out(prepare: Callable[...
 BAD_LINES = [
     (b'{"text": "cut o', "no JSON"), (b"[1]", "a JSON object is expected, not list"), (b'"text"', "not str"),
     (b'{"txt": "x"}', "has no 'text'; its keys: 'txt'"), (b'{"text": 5}', "'text' is no text but int"),
-    (b'{"text": null}', "no text but NoneType"), (b'{"text": "\xff"}', "no UTF-8 at byte 11"),
+    (b'{"text": null}', "'text' is null"), (b'{"text": "\xff"}', "no UTF-8 at byte 11"),
     (b'{"text": "\\ud800"}', "half a surrogate"), (b'{"text": "' + b"x" * 5000 + b'"}', "longer than 4096 bytes"),
     (b"[" * 4000, "no JSON"),
 ]  # fmt: skip
@@ -255,13 +280,34 @@ def make_inputs() -> None:
     rotten = bytearray(Path("rotten.parquet").read_bytes())
     rotten[len(rotten) // 3 : len(rotten) // 3 + 200] = b"\xff" * 200
     Path("rotten.parquet").write_bytes(rotten)
+    Path("empty.txt").write_text("")
+    Path("blank.txt").write_text("\n \n\n")
+    Path("void.jsonl").write_text('\n{"text": ""}\n{"text": null}\n')
+    Path("nothing.txt.gz").write_bytes(gzip.compress(b""))
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "none.parquet")
+    Path("wide.txt").write_text("wide", encoding="utf-16")
+    Path("wide.jsonl").write_text('{"text": "wide"}', encoding="utf-16")
+    Path("linked.jsonl").symlink_to("good.jsonl")
+    Path("second.jsonl").hardlink_to("good.jsonl")
     Path("theirs").mkdir()
     Path("theirs/train-00000-of-00001.arrayrecord").write_text("precious")
 
 
 @pytest.mark.parametrize(("command", "message"), [
     ("missing.jsonl", "missing.jsonl: no such file"), ("notes.md", "unknown kind of file; allowed are .txt"),
-    ("good.jsonl good.jsonl", "good.jsonl: is named twice"),
+    ("good.jsonl good.jsonl", "good.jsonl: is named twice"), ("theirs", "theirs: is a folder; name the files in it"),
+    ("good.jsonl few.jsonl {here}/good.jsonl", "error: good.jsonl and {here}/good.jsonl: are one file"),
+    ("theirs/../good.jsonl good.jsonl", "theirs/../good.jsonl and good.jsonl: are one file"),
+    ("good.jsonl linked.jsonl", "good.jsonl and linked.jsonl: are one file"),
+    ("second.jsonl good.jsonl", "second.jsonl and good.jsonl: are one file"),
+    ("empty.txt", "error: empty.txt: holds no document, there is no text in it"),
+    ("nothing.txt.gz", "nothing.txt.gz: holds no document, there is no text in it"),
+    ("none.parquet", "none.parquet: holds no document, there is no text in it"),
+    ("blank.txt", "blank.txt: holds no document, only 3 blank lines"),
+    ("void.jsonl --max-bad 1 --shards 3", "void.jsonl: holds no document, only 2 blank and 1 bad lines"),
+    ("empty.txt blank.txt", "blank.txt: holds no document, only 3 blank lines; empty.txt: holds no document, there"),
+    ("wide.txt", "wide.txt: by its byte order mark this is UTF-16 or UTF-32; UTF-8 is expected"),
+    ("wide.jsonl --max-bad 1", "wide.jsonl: by its byte order mark this is UTF-16"),
     ("good.jsonl --shards 0", "--shards 0: allowed is 1 or more"),
     ("good.jsonl --eval-fraction 1", "--eval-fraction 1.0: allowed is 0 or more and less than 1"),
     ("good.jsonl --eval-fraction nan", "--eval-fraction nan: allowed is"),
@@ -277,12 +323,25 @@ def test_bad_input_is_one_message_and_no_shard(
     prepare: Callable[..., Path], capsys: pytest.CaptureFixture, command: str, message: str
 ) -> None:
     make_inputs()
+    here = str(Path.cwd())
     with pytest.raises(SystemExit) as end:
-        prepare_text.main(["--out", "out", *command.split()])
+        prepare_text.main(["--out", "out", *command.format(here=here).split()])
     assert end.value.code not in (0, None)
-    assert message in f"{end.value.code} {capsys.readouterr().err}"
+    assert message.format(here=here) in f"{end.value.code} {capsys.readouterr().err}"
     assert not shards(Path("out"))
     assert Path("theirs/train-00000-of-00001.arrayrecord").read_text() == "precious"
+
+
+def test_an_input_without_a_document_is_named_where_others_have_some(
+    prepare: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    make_inputs()
+    prepare("good.jsonl", "blank.txt", "void.jsonl", options="--max-bad 1")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: blank.txt: holds no document, only 3 blank lines",
+        "note: void.jsonl: holds no document, only 2 blank and 1 bad lines",
+    ]
 
 
 # Interruptions ------------------------------------------------------------------------------------------------------
@@ -346,6 +405,20 @@ def test_a_killed_preparation_leaves_only_whole_shards_and_goes_on(prepare: Call
     assert shards(prepare("a.jsonl", options=options)) == whole
 
 
+def test_an_ordinary_preparation_says_three_lines(prepare: Callable[..., Path], capfd: pytest.CaptureFixture) -> None:
+    write_jsonl("a.jsonl", TEXTS)
+    manifest = json.loads((prepare("a.jsonl", options="--shards 2 --eval-fraction 0.1") / "manifest.json").read_text())
+    train, held_out = manifest["train"], manifest["eval"]
+    assert train["documents"] + held_out["documents"] == len(TEXTS)
+    said = capfd.readouterr()
+    assert said.out.splitlines() == [
+        f"train  {train['documents']} documents, {train['text_bytes']:,} bytes  out/train-*.arrayrecord",
+        f" eval  {held_out['documents']} documents, {held_out['text_bytes']:,} bytes  out/eval-*.arrayrecord",
+        "left out: 0 bad lines (out/bad_lines.txt), 0 blank",
+    ]
+    assert said.err == ""
+
+
 def test_a_finished_preparation_is_kept(prepare: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
     write_jsonl("a.jsonl", TEXTS)
     out = prepare("a.jsonl")
@@ -355,18 +428,120 @@ def test_a_finished_preparation_is_kept(prepare: Callable[..., Path], capsys: py
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("change", ["options", "input", "shard"])
-def test_finished_shards_are_never_overwritten(prepare: Callable[..., Path], change: str) -> None:
-    write_jsonl("a.jsonl", TEXTS)
-    out = prepare("a.jsonl")
-    if change == "input":
-        write_jsonl("a.jsonl", TEXTS[1:])
-    if change == "shard":
-        next(out.glob("train-*")).write_bytes(b"half")
+def nothing() -> None:
+    """No change."""
+
+
+def one_letter() -> None:
+    Path("a.jsonl").write_text(Path("a.jsonl").read_text().replace("document 0", "Document 0"))
+
+
+@pytest.mark.parametrize(("change", "inputs", "options", "said"), [
+    (lambda: write_jsonl("a.jsonl", TEXTS[1:]), "ab", "", "a.jsonl has changed"),
+    (one_letter, "ab", "", "a.jsonl has changed"), (nothing, "abc", "", "c.jsonl was not among the inputs"),
+    (nothing, "a", "", "b.jsonl was among the inputs"), (nothing, "ab", "--seed 1", "--seed was 0"),
+    (nothing, "ab", "--eval-fraction 0.1", "--eval-fraction was 0.01"),
+    (lambda: next(Path("out").glob("train-*")).write_bytes(b"half"), "ab", "", "remove out and begin again"),
+])  # fmt: skip
+def test_finished_shards_are_never_overwritten(
+    prepare: Callable[..., Path], change: Callable[[], Any], inputs: str, options: str, said: str
+) -> None:
+    for name, texts in zip("abc", (TEXTS, ["b"], ["c"]), strict=True):
+        write_jsonl(f"{name}.jsonl", texts)
+    out = prepare("a.jsonl", "b.jsonl")
+    change()
     before = shards(out)
-    with pytest.raises(SystemExit, match="take another" if change != "shard" else "remove out and begin again"):
-        prepare("a.jsonl", options="--seed 1" if change == "options" else "")
+    with pytest.raises(SystemExit, match=said):
+        prepare(*(f"{name}.jsonl" for name in inputs), options=options)
     assert shards(out) == before
+
+
+def test_an_input_is_known_by_any_spelling_and_as_a_copy(
+    prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    a, b = write_jsonl("a.jsonl", TEXTS[::2]), write_jsonl("b.jsonl", TEXTS[1::2])
+    whole = shards(prepare(a, b, out="whole", options="--shards 3"))
+    write_rows = writer.write_rows
+    monkeypatch.setattr(writer, "write_rows", interrupt)
+    with pytest.raises(SystemExit, match="interrupted"):
+        prepare(a, b, options="--shards 3")
+    monkeypatch.setattr(writer, "write_rows", write_rows)
+    monkeypatch.delattr(reader, "read")
+    Path("link").symlink_to(".")
+    out = prepare(str(Path(a).resolve()), f"link/{b}", options="--shards 3")
+    assert shards(out) == whole
+    assert "going on: 2 inputs read, 0 shards written" in capsys.readouterr().out
+    os.utime(a, (0, 0))  # as a copy may have it
+    prepare(f"link/{a}", b, options="--shards 3")
+    assert "finished earlier and kept" in capsys.readouterr().out
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_no_shard_of_another_preparation_is_left_beside_the_new_ones(
+    prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a shard's name and its place in the state; then started with other options."""
+    write_jsonl("a.jsonl", TEXTS)
+    save, names = preparation.save, []
+
+    def save_until_the_first_shard(path, content):
+        if content.get("shards"):
+            names.extend(shards(Path("out")))
+            raise KeyboardInterrupt
+        save(path, content)
+
+    monkeypatch.setattr(preparation, "save", save_until_the_first_shard)
+    with pytest.raises(SystemExit, match="interrupted"):
+        prepare("a.jsonl", options="--shards 3 --eval-fraction 0")
+    assert names == ["train-00000-of-00003.arrayrecord"]
+    monkeypatch.setattr(preparation, "save", save)
+    Path("out/train-of-others.arrayrecord").write_text("precious")
+    with pytest.raises(SystemExit, match=r"--out out: holds shards of another origin \(train-of-others"):
+        prepare("a.jsonl", options="--shards 2 --eval-fraction 0")
+    assert Path("out/train-of-others.arrayrecord").read_text() == "precious"
+    Path("out/train-of-others.arrayrecord").unlink()
+    out = prepare("a.jsonl", options="--shards 2 --eval-fraction 0")
+    assert Counter(documents(out, "train")) == Counter(TEXTS)
+
+
+def test_a_shard_that_was_lost_meanwhile_is_written_again(
+    prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_jsonl("a.jsonl", TEXTS)
+    options = "--shards 3 --eval-fraction 0"
+
+    def write_the_first(path, rows, write_rows=writer.write_rows):
+        write_rows(path, rows) if "00000" in path.name else interrupt()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_rows", write_the_first)
+        with pytest.raises(SystemExit, match="interrupted"):
+            prepare("a.jsonl", options=options)
+    Path("out/train-00000-of-00003.arrayrecord").unlink()
+    out = prepare("a.jsonl", options=options)
+    assert "starting afresh: out/train-00000-of-00003.arrayrecord is missing" in capsys.readouterr().out
+    assert Counter(documents(out, "train")) == Counter(TEXTS)
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(
+    prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl("a.jsonl", TEXTS)
+    read = reader.read
+
+    def read_while_another_writes(path, *rest):
+        yield from read(path, *rest)
+        write_jsonl("a.jsonl", TEXTS[1:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read", read_while_another_writes)
+        with pytest.raises(SystemExit, match=r"a\.jsonl: has changed while it was read"):
+            prepare("a.jsonl")
+    out = prepare("a.jsonl")
+    assert Counter(documents(out, "train") + documents(out, "eval")) == Counter(TEXTS[1:])
 
 
 def test_an_input_that_changed_meanwhile_is_read_again(prepare: Callable[..., Path]) -> None:

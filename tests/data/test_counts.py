@@ -5,6 +5,7 @@ compared with a plain reading: the letters of a text and its marks.
 """
 
 import itertools
+import pickle
 from glob import glob
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.data import pipelines, tokens
+from MaxText.data import rows as rows_lib
 
 LENGTH, BATCH = 32, 4
 # Words up to three rows long, one of a single letter; the held-out ones are no multiple of any batch.
@@ -232,6 +234,17 @@ def test_no_token_is_taken_for_padding(tokenizer, pipeline, packing, config_of, 
         pieces = [piece for text in documents(cut, tokenizer) for piece in in_rows(text, cut=False)]
         within = split == "eval" or (pipeline.startswith("hf") and marks == 2)
         assert_read(rows_of(config_of(**keys), split), pieces, within=within)
+
+
+def test_worker_processes_are_given_what_this_one_has() -> None:
+    tokens_of_a_row = np.array([[5, 6, 2, 7, -1]], np.int32)
+    text = {"": tokens_of_a_row, "_segmentation": (tokens_of_a_row >= 0).astype(np.int32)}
+    text["_position"] = np.arange(5)[None]
+    row = {f"{side}{part}": array for side in ("inputs", "targets") for part, array in text.items()}
+    step = rows_lib.NextTokens([rows_lib.PAD, 7], vocab_size=8)
+    here, there = step.map(row), pickle.loads(pickle.dumps(step)).map(row)
+    assert all((there[name] == here[name]).all() for name in here)
+    assert here["targets"].tolist() == [[6, 2, 7, 0, 0]] and here["targets_segmentation"].tolist() == [[1, 1, 1, 0, 0]]
 
 
 TURNS = "{% for m in messages %}<bos>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>{% endif %}"

@@ -22,7 +22,7 @@ def load(key: str, path: str, kind: str, access_token: str) -> Any:
 
 def kind_of(config: Any) -> str:
     """The tokenizer_type that a run's pipeline loads: the pipeline of hf knows but one."""
-    return "huggingface" if config.dataset_type == "hf" else getattr(config.tokenizer_type, "value", "")
+    return "huggingface" if config.dataset_type == "hf" else config.tokenizer_type.value
 
 
 # tokenizer_type -> what gives token id -> the token, as the tokenizer itself spells it.

@@ -24,7 +24,7 @@ def check_same_tokens(config: Any, kd: Distillation) -> None:
     """
     if not kd.kd_teacher_tokenizer_path:
         return
-    kind = tokens.kind_of(config)
+    kind = getattr(config.tokenizer_type, "value", config.tokenizer_type)
     student = tokens_of("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)
     teacher = tokens_of("kd_teacher_tokenizer_path", kd.kd_teacher_tokenizer_path, kind, config.hf_access_token)
     ids = sorted(student.keys() | teacher.keys())

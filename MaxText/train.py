@@ -30,7 +30,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import evaluation, iterators
+    from MaxText.data import iterators, pipelines, tokens
     from MaxText.loop import failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -51,12 +51,16 @@ def main(argv: Sequence[str]) -> None:
         teacher_config = resolve_teacher(run, checkpoint.scan_layers)
         vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
+    tokens.check_fits(config)
+    if warning := pipelines.taken_for_padding(config):
+        say(f"warning: {warning}")
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
         refusals = student_lib.refusals_as_config_errors(config)
-        with upstream.monitored(config, recorder), refusals, evaluation.read_whole(), iterators.closed_at_the_end():
+        with upstream.monitored(config, recorder), refusals, iterators.closed_at_the_end():
             upstream.train_utils.validate_train_config(config)
-            upstream.pre_train.run(config, recorder)
+            with pipelines.mended(config):
+                upstream.pre_train.run(config, recorder)
         return
     if is_complete(config):
         say(f"nothing left to do: {config.checkpoint_dir} holds step {config.steps - 1}, the last of {config.steps}")

@@ -34,8 +34,11 @@ with epy.lazy_imports():
     from maxtext.common import checkpoint_context, checkpointing, goodput, metric_logger, profiler, train_state_nnx
     from maxtext.configs import pyconfig, types
     from maxtext.input_pipeline import (
+        data_processing_utils,
+        grain_data_processing,
         hf_data_processing,
         input_pipeline_interface,
+        input_pipeline_utils,
         multihost_dataloading,
         tfds_data_processing,
         tokenizer,

@@ -25,6 +25,7 @@ CALLS = {
     "checkpointing.latest_step": "checkpoint_manager",
     "checkpointing.maybe_save_checkpoint": "checkpoint_manager state config data_iterator step",
     "checkpointing.wait_until_finished": "checkpoint_manager",
+    "data_processing_utils.get_tokenizer_and_pad_id": "config | add_bos add_eos",
     "embeddings.attend_on_embedding": "query embedding_table attend_dtype config",
     "gcs_utils.upload_dump": "| local_dir target_dir module_name delete_local_after all_host_upload",
     "goodput.create_goodput_recorder": "config",
@@ -34,6 +35,8 @@ CALLS = {
     "gradient_accumulation.gradient_accumulation_loss_and_grad": (
         "_loss_fn config model params params_shardings data dropout_rng"
     ),
+    "grain_data_processing.find_data_files": "data_file_pattern",
+    "hf_data_processing._get_pad_id": "tokenizer",
     "hf_utils.apply_hook_fns": "weight target_shape hook_fns",
     "hf_utils.nesting_depth": "hf_source_keys",
     "hf_utils.process_maxtext_param": (
@@ -42,6 +45,7 @@ CALLS = {
     "hf_utils.save_model_files": "weight_arrays config tokenizer processor output_dir",
     "hf_utils.validate_and_filter_param_map_keys": "param_map_keys maxtext_state_keys",
     "input_pipeline_interface.create_data_iterator": "config mesh",
+    "input_pipeline_utils.get_tokenizer": "tokenizer_path tokenizer_type add_bos add_eos hf_access_token",
     "max_utils.add_text_to_summary_writer": "key value summary_writer",
     "max_utils.bootstrap_transformer_engine_cgemm": "config",
     "max_utils.calculate_num_params_from_pytree": "params",
@@ -132,6 +136,8 @@ NAMES = [
     "max_utils.maybe_initialize_jax_distributed_system.__code__",
     "metric_logger.MetadataKey.PER_DEVICE_TFLOPS",
     "metric_logger.MetadataKey.PER_DEVICE_TOKENS",
+    "input_pipeline_utils.ShiftData",
+    "input_pipeline_utils.add_segmentation_and_position",
     "moe.MoEBiasVar",
     "param_mapping.HOOK_FNS",
     "param_mapping.PARAM_MAPPING",
@@ -149,6 +155,29 @@ NAMES = [
 
 # Whose source says what no signature does -> pieces of it.
 SOURCES = {
+    # Each pipeline finds by these names, when it is made, what data/pipelines.py puts in their place.
+    "grain_data_processing.get_datasets": ["files = find_data_files(", "data_files = find_data_files("],
+    "grain_data_processing.pretrain_preprocessing_pipeline": [
+        "data_processing_utils.get_tokenizer_and_pad_id(config)", "data_processing_utils.format_and_batch(",
+    ],
+    "grain_data_processing.sft_preprocessing_pipeline": [
+        "data_processing_utils.get_tokenizer_and_pad_id(config)", "data_processing_utils.format_and_batch(",
+    ],
+    "data_processing_utils.format_and_batch": [
+        "input_pipeline_utils.ShiftData(ignored_ids=[pad_id], axis=0)",
+        "input_pipeline_utils.ShiftData(ignored_ids=[pad_id], axis=1)",
+        'if config.add_bos and hasattr(tokenizer_model, "bos_id")',
+    ],
+    "hf_data_processing.preprocessing_pipeline": ["_get_pad_id(tokenizer)", "_get_training_objective_transform("],
+    "hf_data_processing._get_training_objective_transform": [
+        "input_pipeline_utils.ShiftData(ignored_ids=[pad_id, bos_token_id], axis=1)",
+    ],
+    "tfds_data_processing.preprocessing_pipeline": [
+        "input_pipeline_utils.get_tokenizer(", "pad_id = tokenizer_model.pad_id",
+        "input_pipeline_utils.add_segmentation_and_position(x, data_column_names, padding_token=pad_id)",
+    ],
+    # Rows are filled with the id of padding, in segments and positions as well.
+    "input_pipeline_utils.PadOrTrimToMaxLength.map": ["self._pad_text(element[key], self.max_length, self.pad_id)"],
     # A config is resolved through a loader that can be replaced.
     "pyconfig._initialize_pydantic": ["_load_config("],
     # Accumulation reads what our loss gives, calls it with its five positions and is_train, and adds up the rest.

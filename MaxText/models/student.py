@@ -12,7 +12,7 @@ from flax import nnx
 from MaxText import upstream
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
-from MaxText.data import evaluation
+from MaxText.data import pipelines
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ def set_up(config: Any, recorder: Any) -> Student:
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
     """
-    with refusals_as_config_errors(config), evaluation.read_whole():
+    with refusals_as_config_errors(config), pipelines.mended(config):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
             upstream.train_utils.setup_train_loop(config, recorder)

@@ -6,8 +6,8 @@ on purpose: how text is cut into the tokens; tokenizers with the same tokens und
 
 from typing import Any
 
-from MaxText import upstream
 from MaxText.config.keys import ConfigError, Distillation
+from MaxText.data import tokens
 
 SHOWN = 3  # ids that differ are named up to so many
 
@@ -43,22 +43,5 @@ def check_same_tokens(config: Any, kd: Distillation) -> None:
 
 
 def tokens_of(key: str, path: str, kind: str, access_token: str) -> dict[int, str | bytes]:
-    """Token id -> the token, as the tokenizer itself spells it."""
-    try:
-        loaded = upstream.tokenizer.build_tokenizer(path, kind, False, False, access_token)
-    except (ValueError, TypeError, OSError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({reason})") from error
-    return TOKENS[kind](loaded)
-
-
-TOKENS = {
-    "sentencepiece": lambda loaded: dict(
-        enumerate(loaded._tokenizer_model.IdToPiece(list(range(loaded._tokenizer_model.GetPieceSize()))))
-    ),
-    "huggingface": lambda loaded: {i: token for token, i in loaded.tokenizer.get_vocab().items()},
-    "tiktoken": lambda loaded: {
-        i: loaded.model.decode_single_token_bytes(i)
-        for i in {*loaded.model._mergeable_ranks.values(), *loaded.special_tokens.values()}
-    },
-}
+    """Token id -> the token."""
+    return tokens.SPELLED[kind](tokens.load(key, path, kind, access_token))

@@ -7,9 +7,8 @@ import pytest
 import transformers
 from conftest import SMOKE, execute
 from golden import make as golden
-from letters import save_letters
+from letters import save_letters, texts_of
 from safetensors.numpy import load_file
-from test_data import texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from MaxText.distill.kd_loss import KDSums, check_kd_arguments
-from MaxText.distill.truncation import Vocabulary, kept_bound
+from MaxText.distill.truncation import kept_bound
+from MaxText.distill.vocabulary import Vocabulary
 
 Project = Callable[[PyTree, Float[Array, "n width"]], Float[Array, "n V"]]
 

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from MaxText.distill.vocabulary import Vocabulary
 
+Scalar = float | Float[Array, ""]
+
 
 def check_truncation(vocabulary: int, *, top_k: int, top_p: float) -> None:
     """Raises ValueError, naming the argument, its value and what is allowed, for a truncation that has no meaning."""
@@ -29,7 +31,7 @@ def check_truncation(vocabulary: int, *, top_k: int, top_p: float) -> None:
 
 
 def kept_set(
-    teacher_logits: Float[Array, "*batch V"], *, temperature: float | Float[Array, ""], top_k: int, top_p: float
+    teacher_logits: Float[Array, "*batch V"], *, temperature: Scalar, top_k: int, top_p: float
 ) -> Bool[Array, "*batch V"] | None:
     """Membership of each token in the teacher's kept set K, per position, or None where K is the whole vocabulary.
 
@@ -83,7 +85,7 @@ class KeptBound(NamedTuple):
 def kept_bound(
     logits: Float[Array, "n V"],
     *,
-    temperature: float | Float[Array, ""],
+    temperature: Scalar,
     top_k: int,
     top_p: float,
     vocabulary: Vocabulary,
@@ -112,6 +114,9 @@ _CANDIDATES = 64
 _MOST_HALVINGS = 14
 
 
+Weight = Callable[[Float[Array, "n #V"]], Float[Array, "n #V"]]  # of logits, from their largest
+
+
 class _Bracket(NamedTuple):
     """Where the nucleus ends: the tokens above `low` weigh the goal or more, those above `high` less."""
 
@@ -126,10 +131,10 @@ class _Bracket(NamedTuple):
         return self.count_above_low - self.count_above_high
 
 
-def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBound:
+def _top_p_bound(logits: Float[Array, "n V"], temperature: Scalar, top_p: float, vocabulary: Vocabulary) -> KeptBound:
     maximum, negated_minimum = vocabulary.maxima(lambda _, logits: (logits, -logits), logits)
 
-    def weight(logits):
+    def weight(logits: Float[Array, "n #V"]) -> Float[Array, "n #V"]:
         return jnp.exp((logits - maximum) / temperature)
 
     size = vocabulary.size(logits)
@@ -161,17 +166,19 @@ def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBoun
     return jax.lax.cond(jnp.all(is_found), lambda: found, by_key)
 
 
-def _halved(bracket: _Bracket, logits, weight, goal, vocabulary: Vocabulary) -> _Bracket:
+def _halved(
+    bracket: _Bracket, logits: Float[Array, "n V"], weight: Weight, goal: Float[Array, "n 1"], vocabulary: Vocabulary
+) -> _Bracket:
     """The bracket, halved until no position has more tokens in it than candidates."""
 
-    def is_wide(bracket):
+    def is_wide(bracket: _Bracket) -> Bool[Array, "n 1"]:
         return bracket.tokens > _CANDIDATES
 
-    def halve(state):
+    def halve(state: tuple[Int[Array, ""], _Bracket]) -> tuple[Int[Array, ""], _Bracket]:
         number, bracket = state
         middle = bracket.low + (bracket.high - bracket.low) / 2
 
-        def mass_and_count(_, logits):
+        def mass_and_count(_: Array, logits: Array) -> tuple[Array, Array]:
             above = logits > middle
             return jnp.where(above, weight(logits), 0.0), jnp.where(above, 1.0, 0.0)
 
@@ -186,32 +193,39 @@ def _halved(bracket: _Bracket, logits, weight, goal, vocabulary: Vocabulary) -> 
             mass_above_high=jnp.where(lower, mass, bracket.mass_above_high),
         )
 
-    def goes_on(state):
+    def goes_on(state: tuple[Int[Array, ""], _Bracket]) -> Bool[Array, ""]:
         number, bracket = state
         return (number < _MOST_HALVINGS) & jnp.any(is_wide(bracket))
 
-    return jax.lax.while_loop(goes_on, halve, (0, bracket))[1]
+    return jax.lax.while_loop(goes_on, halve, (jnp.int32(0), bracket))[1]
 
 
-def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabulary: Vocabulary) -> KeptBound:
+def _bisected_bound(
+    logits: Float[Array, "n V"],
+    weight: Weight,
+    goal: Float[Array, "n 1"],
+    is_settled: Bool[Array, "n 1"],
+    bracket: _Bracket,
+    vocabulary: Vocabulary,
+) -> KeptBound:
     """The bound of the shortest prefix that weighs at least `goal`, which ends in the bracket.
 
     Positions that are settled are not searched; what they get has no meaning.
     """
 
-    def in_loop(logits, bound):
+    def in_loop(logits: Array, bound: Array) -> Array:
         """The same logits. Without it compilers move the keys and weights in front of the loop, and store them."""
         return jax.lax.optimization_barrier((logits, bound))[0]
 
-    def reaches(key):
+    def reaches(key: Array) -> Bool[Array, "n 1"]:
         """Whether the tokens from this key upwards weigh enough."""
 
-        def mass(_, logits):
+        def mass(_: Array, logits: Array) -> Array:
             return jnp.where(_ordered_keys(logits) >= key, weight(logits), 0.0)
 
         return vocabulary.sums(mass, in_loop(logits, key)) >= goal
 
-    def both_ends(_, logits):
+    def both_ends(_: Array, logits: Array) -> tuple[Array, Array]:
         inside = (logits > bracket.low) & (logits <= bracket.high)
         return jnp.where(inside, logits, -jnp.inf), jnp.where(inside, -logits, -jnp.inf)
 
@@ -223,17 +237,17 @@ def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabul
     low = jnp.where(is_empty, jnp.zeros_like(above), _ordered_keys(-negated_smallest))
     crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, low), above))
 
-    def mass_and_ties(_, logits):
+    def mass_and_ties(_: Array, logits: Array) -> tuple[Array, Array]:
         return jnp.where(logits > crossing, weight(logits), 0.0), jnp.where(logits == crossing, 1.0, 0.0)
 
     mass_above, ties = vocabulary.sums(mass_and_ties, logits)
     ties_needed = jnp.ceil((goal - mass_above) / weight(crossing))
 
-    def token_of_last_tie():
-        def lacks(token):
+    def token_of_last_tie() -> Int[Array, "n 1"]:
+        def lacks(token: Int[Array, "n 1"]) -> Bool[Array, "n 1"]:
             """Whether the ties below this token are too few: the largest such token is the last tie that is needed."""
 
-            def ties_below(ids, logits):
+            def ties_below(ids: Array, logits: Array) -> Array:
                 return jnp.where((logits == crossing) & (ids < token), 1.0, 0.0)
 
             return vocabulary.sums(ties_below, in_loop(logits, token)) < ties_needed
@@ -246,10 +260,10 @@ def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabul
     return KeptBound(crossing, jax.lax.cond(leaves_ties_out, token_of_last_tie, lambda: every_token))
 
 
-def _largest(holds: Callable, low, high):
+def _largest(holds: Callable[[Array], Bool[Array, "n 1"]], low: Array, high: Array) -> Array:
     """The largest integer in [low, high) at which `holds`: true at low, and once false, false ever after; per row."""
 
-    def halve(bounds):
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         found = holds(middle)

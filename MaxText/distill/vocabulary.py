@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+# (ids "1 V", *logits "n V") -> a tree of arrays "n V", for all tokens or a chunk of them
+Terms = Callable[..., PyTree[Float[Array, "n V"]]]
+
 
 class Vocabulary(NamedTuple):
     """The vocabulary's axis, the last one of logits: whole, or one shard of it per device along a mesh axis.
@@ -28,12 +31,12 @@ class Vocabulary(NamedTuple):
         """The token id of this device's first logit."""
         return logits.shape[-1] * jax.lax.axis_index(self.axes) if self.axes else 0
 
-    def sums(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
+    def sums(self, terms: Terms, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
         """The sum over all tokens of each of the arrays in the tree terms(ids, *logits); none of them is stored."""
         partial = _reduce(terms, jnp.sum, jnp.add, self.first(logits[0]), logits)
         return jax.lax.psum(partial, self.axes) if self.axes else partial
 
-    def maxima(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
+    def maxima(self, terms: Terms, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
         """Likewise the largest values."""
         partial = _reduce(terms, jnp.max, jnp.maximum, self.first(logits[0]), logits)
         return jax.lax.pmax(partial, self.axes) if self.axes else partial
@@ -69,14 +72,20 @@ class Vocabulary(NamedTuple):
 _CHUNK_VALUES = 1 << 18
 
 
-def _reduce(terms, reduce, combine, first_id, logits) -> PyTree[Float[Array, "n 1"]]:
+def _reduce(
+    terms: Terms,
+    reduce: Callable[..., Array],
+    combine: Callable[[Array, Array], Array],
+    first_id: int | Int[Array, ""],
+    logits: tuple[Float[Array, "n V"], ...],
+) -> PyTree[Float[Array, "n 1"]]:
     """One visit of the vocabulary that reduces each of the arrays in the tree terms(ids, *logits).
 
     Compilers for accelerators fuse the terms into one reduction of several outputs. XLA's for CPUs writes every
     exponential that two reductions share as an array of [n, V]: there the visit goes chunk by chunk.
     """
 
-    def whole(*chunk, start=0):
+    def whole(*chunk: Array, start: int | Int[Array, ""] = 0) -> PyTree[Float[Array, "n 1"]]:
         ids = first_id + start + jnp.arange(chunk[0].shape[-1], dtype=jnp.int32)[None]
         return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
 
@@ -85,14 +94,17 @@ def _reduce(terms, reduce, combine, first_id, logits) -> PyTree[Float[Array, "n 
     if vocabulary <= size:
         return whole(*logits)
 
-    def chunked(*logits):
+    def chunked(*logits: Array) -> PyTree[Float[Array, "n 1"]]:
         rest = vocabulary % size or size
+        first = whole(*(x[:, :rest] for x in logits))
+        if not jax.tree.leaves(first):  # nothing is asked for
+            return first
 
-        def visit(i, reduced):
+        def visit(i: Int[Array, ""], reduced: PyTree) -> PyTree:
             start = rest + i * size
             chunk = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in logits)
             return jax.tree.map(combine, reduced, whole(*chunk, start=start))
 
-        return jax.lax.fori_loop(0, (vocabulary - rest) // size, visit, whole(*(x[:, :rest] for x in logits)))
+        return jax.lax.fori_loop(0, (vocabulary - rest) // size, visit, first)
 
     return jax.lax.platform_dependent(*logits, cpu=chunked, default=whole)

@@ -17,8 +17,12 @@ from flax import nnx
 from MaxText import upstream
 from MaxText.benchmarks import programs
 from MaxText.benchmarks.programs import Program, Row, Sizes, Truncation
-from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens, blockwise_kd
+from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.kd_loss import cross_entropy, kd_sums
+from MaxText.distill.projection import Projection
+from MaxText.distill.teacher_side import LiveTeacher
 from MaxText.models import heads
 
 # N tokens, D student's width, E teacher's width, V vocabulary
@@ -71,19 +75,11 @@ def dense_kd(kept: Truncation, hidden, head, teacher_hidden, teacher_head, targe
 
 def block_kd(kept: Truncation, block: int, hidden, head, teacher_hidden, teacher_head, targets) -> jax.Array:
     objective, _ = blockwise_kd(
-        hidden,
-        head,
-        teacher_hidden,
-        teacher_head,
-        targets,
-        jnp.ones(targets.shape, bool),
-        student_project=project,
-        teacher_project=project,
-        alpha=programs.ALPHA,
-        temperature=programs.TEMPERATURE,
-        top_k=kept.top_k,
-        top_p=kept.top_p,
-        truncation_strategy=kept.strategy,
+        Projection(hidden, head, project),
+        LiveTeacher(Projection(teacher_hidden, teacher_head, project), kept.top_k, kept.top_p),
+        Tokens(targets, jnp.ones(targets.shape, bool)),
+        Weights(programs.ALPHA, programs.TEMPERATURE),
+        divergence=FORWARD_KL[kept.strategy],
         block_size=block,
     )
     return objective

@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from MaxText.distill.truncation import check_truncation, kept_set
+from MaxText.distill.truncation import Scalar, kept_set
+
+Kept = Bool[Array, "*batch V"] | None  # membership in K; None: every token
 
 
 class KDSums(NamedTuple):
@@ -54,29 +56,29 @@ class _LogSum(NamedTuple):
     log_sum: Float[Array, "*batch 1"]
 
 
-def _log_sum(logits, kept, temperature) -> _LogSum:
+def _log_sum(logits: Float[Array, "*batch V"], kept: Kept, temperature: Scalar) -> _LogSum:
     """The log-sum-exp over `kept` (None: over all tokens), with a finite gradient also where the set is empty."""
-    kept = True if kept is None else kept
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf, where=kept))
+    inside = True if kept is None else kept
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf, where=inside))
     maximum = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
     # Tokens outside the set may lie far above its maximum: masked before the exponential, they cannot overflow it.
-    weights = jnp.where(kept, jnp.exp((jnp.where(kept, logits, maximum) - maximum) / temperature), 0.0)
+    weights = jnp.where(inside, jnp.exp((jnp.where(inside, logits, maximum) - maximum) / temperature), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0.0
     return _LogSum(maximum, jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total))))
 
 
-def _log_prob(logits, over: _LogSum, temperature) -> Float[Array, "*batch V"]:
+def _log_prob(logits: Float[Array, "*batch #V"], over: _LogSum, temperature: Scalar) -> Float[Array, "*batch #V"]:
     """log softmax(logits / T), conditioned on the set that `over` was summed over."""
     return (logits - over.maximum) / temperature - over.log_sum
 
 
-def _log_mass(part: _LogSum, whole: _LogSum, temperature) -> Float[Array, "*batch 1"]:
+def _log_mass(part: _LogSum, whole: _LogSum, temperature: Scalar) -> Float[Array, "*batch 1"]:
     """log of the mass that the set of `part` has in the set of `whole`; -inf for none."""
     return (part.maximum - whole.maximum) / temperature + part.log_sum - whole.log_sum
 
 
-def _divergence(log_p, log_q, kept) -> Float[Array, "*batch"]:
+def _divergence(log_p: Float[Array, "*batch V"], log_q: Float[Array, "*batch V"], kept: Kept) -> Float[Array, "*batch"]:
     """sum over `kept` of p (log p - log q), where p = 0 contributes 0, whatever the logarithms are.
 
     One mask is enough for a finite gradient here: what reaches log q through a term that is masked out is -p times 0.
@@ -86,20 +88,26 @@ def _divergence(log_p, log_q, kept) -> Float[Array, "*batch"]:
     return jnp.sum(jnp.where(counted, p * (log_p - log_q), 0.0), axis=-1)
 
 
-def _kl_renormalize(student, teacher, kept, temperature) -> Float[Array, "*batch"]:
+def _kl_renormalize(
+    student: Float[Array, "*batch V"], teacher: Float[Array, "*batch V"], kept: Kept, temperature: Scalar
+) -> Float[Array, "*batch"]:
     log_p = _log_prob(teacher, _log_sum(teacher, kept, temperature), temperature)
     # The student's maximum is that over the kept set, too. It may be thousands below the overall one.
     log_q = _log_prob(student, _log_sum(student, kept, temperature), temperature)
     return _divergence(log_p, log_q, kept)
 
 
-def _kl_renormalize_teacher(student, teacher, kept, temperature) -> Float[Array, "*batch"]:
+def _kl_renormalize_teacher(
+    student: Float[Array, "*batch V"], teacher: Float[Array, "*batch V"], kept: Kept, temperature: Scalar
+) -> Float[Array, "*batch"]:
     log_p = _log_prob(teacher, _log_sum(teacher, kept, temperature), temperature)
     log_q = _log_prob(student, _log_sum(student, None, temperature), temperature)
     return _divergence(log_p, log_q, kept)
 
 
-def _kl_other_bucket(student, teacher, kept, temperature) -> Float[Array, "*batch"]:
+def _kl_other_bucket(
+    student: Float[Array, "*batch V"], teacher: Float[Array, "*batch V"], kept: Kept, temperature: Scalar
+) -> Float[Array, "*batch"]:
     if kept is None:
         return _kl_renormalize(student, teacher, kept, temperature)
     teacher_all = _log_sum(teacher, None, temperature)
@@ -113,7 +121,7 @@ def _kl_other_bucket(student, teacher, kept, temperature) -> Float[Array, "*batc
     return inside + _divergence(log_p_tail, log_q_tail, None)
 
 
-_KL_BY_STRATEGY: dict[str, Callable] = {
+_KL_BY_STRATEGY: dict[str, Callable[..., Float[Array, "*batch"]]] = {
     "renormalize": _kl_renormalize,
     "other_bucket": _kl_other_bucket,
     "renormalize_teacher": _kl_renormalize_teacher,
@@ -121,27 +129,21 @@ _KL_BY_STRATEGY: dict[str, Callable] = {
 TRUNCATION_STRATEGIES = tuple(_KL_BY_STRATEGY)
 
 
-def check_kd_arguments(
-    student_vocabulary: int,
-    teacher_vocabulary: int,
-    *,
-    temperature: float | Float[Array, ""],
-    top_k: int,
-    top_p: float,
-    truncation_strategy: str,
-    shared_vocabulary: int = 0,
-) -> None:
-    """Raises ValueError for arguments of the loss that have no meaning. A traced temperature is taken on trust."""
-    if student_vocabulary != teacher_vocabulary:
-        raise ValueError(
-            f"student and teacher logits end in {student_vocabulary} and {teacher_vocabulary} tokens:"
-            " expected one vocabulary"
-        )
-    if not 0 <= shared_vocabulary <= teacher_vocabulary:
-        raise ValueError(f"shared_vocabulary={shared_vocabulary}: expected 0 (all) to {teacher_vocabulary} tokens")
+def check_vocabularies(student: int, teacher: int, shared: int = 0) -> None:
+    """Raises ValueError where logits end in vocabularies that are not one, or that do not have so many tokens."""
+    if student != teacher:
+        raise ValueError(f"student and teacher logits end in {student} and {teacher} tokens: expected one vocabulary")
+    if not 0 <= shared <= teacher:
+        raise ValueError(f"shared_vocabulary={shared}: expected 0 (all) to {teacher} tokens")
+
+
+def check_temperature(temperature: Scalar) -> None:
+    """Raises ValueError for a temperature that is none. A traced one is taken on trust."""
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a number above 0")
-    check_truncation(shared_vocabulary or teacher_vocabulary, top_k=top_k, top_p=top_p)
+
+
+def check_strategy(truncation_strategy: str) -> None:
     if truncation_strategy not in TRUNCATION_STRATEGIES:
         raise ValueError(
             f"truncation_strategy={truncation_strategy!r}: expected one of {', '.join(TRUNCATION_STRATEGIES)}"
@@ -152,7 +154,7 @@ def kl_divergence(
     student_logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
     *,
-    temperature: float | Float[Array, ""] = 1.0,
+    temperature: Scalar = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
     truncation_strategy: str = "renormalize",
@@ -188,18 +190,13 @@ def kl_divergence(
         float32, one number per position; finite in value and gradient for finite logits up to 1e4.
 
     Raises:
-        ValueError: by `check_kd_arguments`.
+        ValueError: for an argument without meaning, which it names.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2.
     """
-    check_kd_arguments(
-        student_logits.shape[-1],
-        teacher_logits.shape[-1],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        truncation_strategy=truncation_strategy,
-    )
+    check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
+    check_temperature(temperature)
+    check_strategy(truncation_strategy)
     student = student_logits.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
     kept = kept_set(teacher, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -209,7 +206,7 @@ def kl_divergence(
 def kept_mass(
     teacher_logits: Float[Array, "*batch V"],
     *,
-    temperature: float | Float[Array, ""] = 1.0,
+    temperature: Scalar = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
 ) -> Float[Array, "*batch"]:
@@ -258,7 +255,7 @@ def kd_sums(
     targets: Int[Array, "B L"],
     mask: Bool[Array, "B L"],
     *,
-    temperature: float | Float[Array, ""] = 1.0,
+    temperature: Scalar = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
     truncation_strategy: str = "renormalize",
@@ -284,24 +281,16 @@ def kd_sums(
         KDSums, to be added up and divided by n after the last reduction.
 
     Raises:
-        ValueError: by `check_kd_arguments`.
+        ValueError: for an argument without meaning, which it names.
     """
-    check_kd_arguments(
-        student_logits.shape[-1],
-        teacher_logits.shape[-1],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        truncation_strategy=truncation_strategy,
-        shared_vocabulary=shared_vocabulary,
-    )
+    check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1], shared_vocabulary)
     truncation: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     # Replaced before any arithmetic: a NaN that is computed and then masked comes back through the gradient.
     student = jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0)
     teacher = jnp.where(mask[..., None], jax.lax.stop_gradient(teacher_logits.astype(jnp.float32)), 0.0)
     targets = jnp.where(mask, targets, 0)
 
-    def total(per_position):
+    def total(per_position: Float[Array, "B L"]) -> Float[Array, ""]:
         return jnp.sum(jnp.where(mask, per_position, 0.0), dtype=jnp.float32)
 
     ce, log_z = cross_entropy_and_log_z(student, targets)

@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from MaxText.distill.vocabulary import Vocabulary
+
+Scalar = float | Float[Array, ""]
 
 
 def check_truncation(vocabulary: int, *, top_k: int, top_p: float) -> None:
@@ -27,7 +31,7 @@ def check_truncation(vocabulary: int, *, top_k: int, top_p: float) -> None:
 
 
 def kept_set(
-    teacher_logits: Float[Array, "*batch V"], *, temperature: float | Float[Array, ""], top_k: int, top_p: float
+    teacher_logits: Float[Array, "*batch V"], *, temperature: Scalar, top_k: int, top_p: float
 ) -> Bool[Array, "*batch V"] | None:
     """Membership of each token in the teacher's kept set K, per position, or None where K is the whole vocabulary.
 
@@ -68,91 +72,6 @@ def kept_set(
     return rank <= jnp.argmax(crossed, axis=-1, keepdims=True)
 
 
-class Vocabulary(NamedTuple):
-    """The vocabulary's axis, the last one of logits: whole, or one shard of it per device along a mesh axis.
-
-    axes: the mesh axes that shard it inside `jax.shard_map`, in order of token ids; none where it is whole.
-    """
-
-    axes: tuple[str, ...] = ()
-
-    def size(self, logits: Float[Array, "n V"]) -> int:
-        return logits.shape[-1] * (jax.lax.axis_size(self.axes) if self.axes else 1)
-
-    def first(self, logits: Float[Array, "n V"]) -> int | Int[Array, ""]:
-        """The token id of this device's first logit."""
-        return logits.shape[-1] * jax.lax.axis_index(self.axes) if self.axes else 0
-
-    def sums(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
-        """The sum over all tokens of each of the arrays in the tree terms(ids, *logits); none of them is stored."""
-        partial = _reduce(terms, jnp.sum, jnp.add, self.first(logits[0]), logits)
-        return jax.lax.psum(partial, self.axes) if self.axes else partial
-
-    def maxima(self, terms: Callable, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
-        """Likewise the largest values."""
-        partial = _reduce(terms, jnp.max, jnp.maximum, self.first(logits[0]), logits)
-        return jax.lax.pmax(partial, self.axes) if self.axes else partial
-
-    def ids(self, logits: Float[Array, "n V"]) -> Int[Array, "1 V"]:
-        return self.first(logits) + jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
-
-    def at(self, logits: Float[Array, "n V"], token: Int[Array, "n 1"]) -> Float[Array, "n 1"]:
-        """The value at one token id per position."""
-        if not self.axes:
-            return jnp.take_along_axis(logits, token, axis=-1)
-        local = token - self.first(logits)
-        is_here = (local >= 0) & (local < logits.shape[-1])
-        value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1)
-        return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axes)
-
-    def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-        """The k largest values and their token ids, in descending order, equal values by lower token id."""
-        # Behind the barrier, because a compiler that sees the result cut further (to its first or last column) no
-        # longer recognises the selection, and sorts the whole vocabulary.
-        values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(k, logits.shape[-1])))
-        if not self.axes:
-            return values, ids
-        ids = ids + self.first(logits)
-        # Shards are gathered in order of token ids and top_k is stable, so that ties stay in order. k numbers per
-        # shard and position travel, not the vocabulary.
-        values, ids = (jax.lax.all_gather(x, self.axes, axis=1, tiled=True, to="invarying") for x in (values, ids))
-        values, order = jax.lax.top_k(values, k)
-        return values, jnp.take_along_axis(ids, order, axis=-1)
-
-
-# Values of a chunk of the vocabulary that a CPU reduces at a time: a few such arrays stay in its cache.
-_CHUNK_VALUES = 1 << 18
-
-
-def _reduce(terms, reduce, combine, first_id, logits) -> PyTree[Float[Array, "n 1"]]:
-    """One visit of the vocabulary that reduces each of the arrays in the tree terms(ids, *logits).
-
-    Compilers for accelerators fuse the terms into one reduction of several outputs. XLA's for CPUs writes every
-    exponential that two reductions share as an array of [n, V]: there the visit goes chunk by chunk.
-    """
-
-    def whole(*chunk, start=0):
-        ids = first_id + start + jnp.arange(chunk[0].shape[-1], dtype=jnp.int32)[None]
-        return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
-
-    rows, vocabulary = logits[0].shape
-    size = max(128, _CHUNK_VALUES // rows)
-    if vocabulary <= size:
-        return whole(*logits)
-
-    def chunked(*logits):
-        rest = vocabulary % size or size
-
-        def visit(i, reduced):
-            start = rest + i * size
-            chunk = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in logits)
-            return jax.tree.map(combine, reduced, whole(*chunk, start=start))
-
-        return jax.lax.fori_loop(0, (vocabulary - rest) // size, visit, whole(*(x[:, :rest] for x in logits)))
-
-    return jax.lax.platform_dependent(*logits, cpu=chunked, default=whole)
-
-
 class KeptBound(NamedTuple):
     """The kept set as its last member: its logit and its token id. Membership needs no sort, scatter or buffer."""
 
@@ -166,7 +85,7 @@ class KeptBound(NamedTuple):
 def kept_bound(
     logits: Float[Array, "n V"],
     *,
-    temperature: float | Float[Array, ""],
+    temperature: Scalar,
     top_k: int,
     top_p: float,
     vocabulary: Vocabulary,
@@ -195,6 +114,9 @@ _CANDIDATES = 64
 _MOST_HALVINGS = 14
 
 
+Weight = Callable[[Float[Array, "n #V"]], Float[Array, "n #V"]]  # of logits, from their largest
+
+
 class _Bracket(NamedTuple):
     """Where the nucleus ends: the tokens above `low` weigh the goal or more, those above `high` less."""
 
@@ -209,10 +131,10 @@ class _Bracket(NamedTuple):
         return self.count_above_low - self.count_above_high
 
 
-def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBound:
+def _top_p_bound(logits: Float[Array, "n V"], temperature: Scalar, top_p: float, vocabulary: Vocabulary) -> KeptBound:
     maximum, negated_minimum = vocabulary.maxima(lambda _, logits: (logits, -logits), logits)
 
-    def weight(logits):
+    def weight(logits: Float[Array, "n #V"]) -> Float[Array, "n #V"]:
         return jnp.exp((logits - maximum) / temperature)
 
     size = vocabulary.size(logits)
@@ -244,17 +166,19 @@ def _top_p_bound(logits, temperature, top_p, vocabulary: Vocabulary) -> KeptBoun
     return jax.lax.cond(jnp.all(is_found), lambda: found, by_key)
 
 
-def _halved(bracket: _Bracket, logits, weight, goal, vocabulary: Vocabulary) -> _Bracket:
+def _halved(
+    bracket: _Bracket, logits: Float[Array, "n V"], weight: Weight, goal: Float[Array, "n 1"], vocabulary: Vocabulary
+) -> _Bracket:
     """The bracket, halved until no position has more tokens in it than candidates."""
 
-    def is_wide(bracket):
+    def is_wide(bracket: _Bracket) -> Bool[Array, "n 1"]:
         return bracket.tokens > _CANDIDATES
 
-    def halve(state):
+    def halve(state: tuple[Int[Array, ""], _Bracket]) -> tuple[Int[Array, ""], _Bracket]:
         number, bracket = state
         middle = bracket.low + (bracket.high - bracket.low) / 2
 
-        def mass_and_count(_, logits):
+        def mass_and_count(_: Array, logits: Array) -> tuple[Array, Array]:
             above = logits > middle
             return jnp.where(above, weight(logits), 0.0), jnp.where(above, 1.0, 0.0)
 
@@ -269,32 +193,39 @@ def _halved(bracket: _Bracket, logits, weight, goal, vocabulary: Vocabulary) -> 
             mass_above_high=jnp.where(lower, mass, bracket.mass_above_high),
         )
 
-    def goes_on(state):
+    def goes_on(state: tuple[Int[Array, ""], _Bracket]) -> Bool[Array, ""]:
         number, bracket = state
         return (number < _MOST_HALVINGS) & jnp.any(is_wide(bracket))
 
-    return jax.lax.while_loop(goes_on, halve, (0, bracket))[1]
+    return jax.lax.while_loop(goes_on, halve, (jnp.int32(0), bracket))[1]
 
 
-def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabulary: Vocabulary) -> KeptBound:
+def _bisected_bound(
+    logits: Float[Array, "n V"],
+    weight: Weight,
+    goal: Float[Array, "n 1"],
+    is_settled: Bool[Array, "n 1"],
+    bracket: _Bracket,
+    vocabulary: Vocabulary,
+) -> KeptBound:
     """The bound of the shortest prefix that weighs at least `goal`, which ends in the bracket.
 
     Positions that are settled are not searched; what they get has no meaning.
     """
 
-    def in_loop(logits, bound):
+    def in_loop(logits: Array, bound: Array) -> Array:
         """The same logits. Without it compilers move the keys and weights in front of the loop, and store them."""
         return jax.lax.optimization_barrier((logits, bound))[0]
 
-    def reaches(key):
+    def reaches(key: Array) -> Bool[Array, "n 1"]:
         """Whether the tokens from this key upwards weigh enough."""
 
-        def mass(_, logits):
+        def mass(_: Array, logits: Array) -> Array:
             return jnp.where(_ordered_keys(logits) >= key, weight(logits), 0.0)
 
         return vocabulary.sums(mass, in_loop(logits, key)) >= goal
 
-    def both_ends(_, logits):
+    def both_ends(_: Array, logits: Array) -> tuple[Array, Array]:
         inside = (logits > bracket.low) & (logits <= bracket.high)
         return jnp.where(inside, logits, -jnp.inf), jnp.where(inside, -logits, -jnp.inf)
 
@@ -306,17 +237,17 @@ def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabul
     low = jnp.where(is_empty, jnp.zeros_like(above), _ordered_keys(-negated_smallest))
     crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, low), above))
 
-    def mass_and_ties(_, logits):
+    def mass_and_ties(_: Array, logits: Array) -> tuple[Array, Array]:
         return jnp.where(logits > crossing, weight(logits), 0.0), jnp.where(logits == crossing, 1.0, 0.0)
 
     mass_above, ties = vocabulary.sums(mass_and_ties, logits)
     ties_needed = jnp.ceil((goal - mass_above) / weight(crossing))
 
-    def token_of_last_tie():
-        def lacks(token):
+    def token_of_last_tie() -> Int[Array, "n 1"]:
+        def lacks(token: Int[Array, "n 1"]) -> Bool[Array, "n 1"]:
             """Whether the ties below this token are too few: the largest such token is the last tie that is needed."""
 
-            def ties_below(ids, logits):
+            def ties_below(ids: Array, logits: Array) -> Array:
                 return jnp.where((logits == crossing) & (ids < token), 1.0, 0.0)
 
             return vocabulary.sums(ties_below, in_loop(logits, token)) < ties_needed
@@ -329,10 +260,10 @@ def _bisected_bound(logits, weight, goal, is_settled, bracket: _Bracket, vocabul
     return KeptBound(crossing, jax.lax.cond(leaves_ties_out, token_of_last_tie, lambda: every_token))
 
 
-def _largest(holds: Callable, low, high):
+def _largest(holds: Callable[[Array], Bool[Array, "n 1"]], low: Array, high: Array) -> Array:
     """The largest integer in [low, high) at which `holds`: true at low, and once false, false ever after; per row."""
 
-    def halve(bounds):
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         found = holds(middle)

@@ -101,7 +101,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         if "perf/per_device_tflops" in metrics["scalar"]:  # absent while the batch size ramps up
             metrics["scalar"]["perf/per_device_teacher_tflops"] = self.teacher_tflops_per_step
 
-    def _flush_one_buffered_entry(self, entry: tuple) -> None:
+    def _flush_one_buffered_entry(self, entry: tuple[str, int, dict[str, Any], Any]) -> None:
         kind, _, metrics, _ = entry
         if kind == "train":
             if "seconds" not in metrics:

@@ -7,6 +7,7 @@ Left out on purpose: use_kd=false, which runs upstream's own step.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
 from MaxText.config.keys import Distillation
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens
 from MaxText.loop import schedules
 from MaxText.models import heads, mtp
 
@@ -62,7 +65,9 @@ def train_step(
     train_state = nnx.merge(models.student, state)
     alpha, temperature = models.schedules.at(train_state.optimizer.step[...])
 
-    def loss_fn(model, config, data, dropout_rng, params, is_train=True):  # upstream's signature
+    def loss_fn(  # upstream's signature
+        model: nnx.Module, config: Any, data: Batch, dropout_rng: Any, params: Any, is_train: bool = True
+    ) -> tuple[jax.Array, dict[str, Any]]:
         return distillation_loss(models, model, teacher, data, is_train, alpha, temperature)
 
     if config.gradient_accumulation_steps > 1:
@@ -146,29 +151,20 @@ def distillation_loss(
         teacher_reported = forward(teacher_model, models.teacher_config, teacher_data, enable_dropout=False)
     hidden = heads.normed_hidden_states(model, reported, dropout)
     teacher_hidden = heads.normed_hidden_states(teacher_model, teacher_reported, enable_dropout=False)
-    head = heads.head_of(model, config)
-    knows = models.teacher_config, heads.head_of(teacher_model, models.teacher_config), teacher_hidden
-    objective, parts = heads.kd_objective(
-        models.mesh,
-        kd,
-        (config, head, hidden),
-        knows,
-        data["targets"],
-        data["targets_segmentation"] != 0,
-        alpha=alpha,
-        temperature=temperature,
-        z_weight=config.z_loss_multiplier,
-        evaluation=not is_train,
-    )
+    learner = heads.Side(config, heads.head_of(model, config), hidden)
+    guide = heads.Side(models.teacher_config, heads.head_of(teacher_model, models.teacher_config), teacher_hidden)
+    tokens = Tokens(data["targets"], data["targets_segmentation"] != 0)
+    weights = Weights(alpha, temperature, config.z_loss_multiplier)
+    objective, parts = heads.kd_objective(models.mesh, kd, learner, guide, tokens, weights, evaluation=not is_train)
     n = parts.n
     moe_lb_loss, mtp_loss = load_balancing_loss(config, reported), jnp.float32(0)
     sums: Scalars = {name: value for name, value in parts._asdict().items() if value is not None}
     if config.mtp_num_layers > 0 and is_train:
-        mtp_loss, mtp_ce, mtp_kd = mtp.loss(models.mesh, kd, config, head, knows, data, reported, temperature)
+        mtp_loss, mtp_ce, mtp_kd = mtp.loss(models.mesh, kd, learner, guide, data, reported, temperature)
         if kd.kd_mtp_alpha > 0:
             sums |= {"mtp_ce_loss_sum": n * mtp_ce, "mtp_kd_loss_sum": n * mtp_kd}
     elif not is_train and config.mtp_eval_target_module > 0:
-        accepted = mtp.acceptance(models.mesh, kd, config, head, hidden, data, reported)
+        accepted = mtp.acceptance(models.mesh, kd, learner, data, reported)
         sums |= {"mtp_accepted_sum": accepted.agreement_sum, "mtp_n": accepted.n}  # type: ignore[dict-item]
     objective = objective + n * (moe_lb_loss + mtp_loss)
     aux = {
@@ -212,7 +208,11 @@ def load_balancing_loss(config: Any, reported: dict[str, Any]) -> jax.Array:
 
 
 def loss_and_gradient(
-    loss_fn, config: Any, model: nnx.Module, params_shardings: nnx.State, batch: Batch
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, Any]]],
+    config: Any,
+    model: nnx.Module,
+    params_shardings: nnx.State,
+    batch: Batch,
 ) -> tuple[dict[str, Any], nnx.State]:
     """One forward and backward pass; the model's other variables (random streams, statistics) advance in place."""
     nnx.pop(model, nnx.Intermediate)
@@ -225,7 +225,7 @@ def loss_and_gradient(
         )
         nnx.update(model, params)
 
-    def loss_of(params, rest):
+    def loss_of(params: nnx.State, rest: nnx.State) -> tuple[jax.Array, tuple[dict[str, Any], nnx.State]]:
         local = nnx.merge(graphdef, params, rest, copy=True)
         loss, aux = loss_fn(local, config, batch, None, None)
         return loss, (aux, nnx.state(local, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate))))

@@ -9,22 +9,27 @@ gathered.
 
 # B batch, L positions, N tokens of one device, n tokens of a block, D width, V vocabulary
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from MaxText import upstream
 from MaxText.config.keys import Distillation
-from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens, blockwise_kd
+from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.kd_loss import KDSums
+from MaxText.distill.projection import Projection
+from MaxText.distill.teacher_side import LiveTeacher
+from MaxText.distill.truncation import Scalar
 
 MTP_HIDDEN_STATES = "mtp_hidden_states"  # what a decoder reports them as
 
@@ -49,7 +54,9 @@ def reporting(decoder: Any) -> Any:
     """The decoder's class, whose output head reports what an MTP layer gives it instead of projecting it."""
 
     class Reporting(decoder):
-        def apply_output_head(self, shared_embedding, y, deterministic, model_mode, normalize_y=True):
+        def apply_output_head(
+            self, shared_embedding: Any, y: Array, deterministic: bool, model_mode: str, normalize_y: bool = True
+        ) -> Array:
             if normalize_y:  # the model's own logits
                 return super().apply_output_head(shared_embedding, y, deterministic, model_mode)
             before = getattr(self, MTP_HIDDEN_STATES).get_value() if hasattr(self, MTP_HIDDEN_STATES) else ()
@@ -113,6 +120,7 @@ class Layout:
 
     Attributes:
       tokens: PartitionSpec of an array [B, L].
+      hidden: PartitionSpec of an array [B, L, D].
       token_axes: the mesh axes that shard tokens.
       vocab_axes: the mesh axes that shard the vocabulary; empty where it is whole on each device.
       pooled_axes: those of vocab_axes that shard the tokens too: blocks are gathered over them, heads are not.
@@ -124,6 +132,7 @@ class Layout:
         spec: Any = upstream.sharding.create_sharding(mesh, names).spec
         axes = [dividing(mesh, entry, length) for entry, length in zip((*spec, None, None), shape, strict=False)]
         self.tokens = PartitionSpec(*(entry or None for entry in axes))
+        self.hidden: Any = PartitionSpec(*self.tokens, None)
         self.token_axes = axes[0] + axes[1]
         split = as_tuple(first_entry(mesh, "activation_vocab"))
         tensor_axes = dividing(mesh, tuple(axis for axis in split if axis not in self.token_axes), vocabulary)
@@ -136,7 +145,7 @@ class Layout:
         self.pooled_axes = pooled if pooled_tokens <= self.vocab_share else ()
         self.vocab_axes = tensor_axes + self.pooled_axes
 
-    def head(self, config: Any) -> PartitionSpec:
+    def head(self, config: Any) -> Any:
         vocab = self.vocab_axes or None
         return PartitionSpec(vocab, None) if config.logits_via_embedding else PartitionSpec(None, vocab)
 
@@ -166,17 +175,22 @@ def dividing(mesh: Mesh, entry: Any, length: int) -> tuple[str, ...]:
     return taken
 
 
+class Side(NamedTuple):
+    """A model as the loss sees it: its configuration, its head and its normed hidden states."""
+
+    config: Any
+    head: Float[Array, "..."]
+    hidden: Float[Array, "B L D"]
+
+
 def kd_objective(
     mesh: Mesh,
     kd: Distillation,
-    student: tuple[Any, Float[Array, "..."], Float[Array, "B L D"]],
-    teacher: tuple[Any, Float[Array, "..."], Float[Array, "B L E"]] | None,
-    targets: Int[Array, "B L"],
-    mask: Bool[Array, "B L"],
+    student: Side,
+    teacher: Side | None,
+    tokens: Tokens,
+    weights: Weights,
     *,
-    alpha: Float[Array, ""],
-    temperature: Float[Array, ""],
-    z_weight: float,
     evaluation: bool,
 ) -> tuple[Float[Array, ""], KDSums]:
     """`blockwise_kd` over all devices' tokens.
@@ -184,56 +198,66 @@ def kd_objective(
     Args:
       mesh: the run's mesh.
       kd: the distillation settings.
-      student: its configuration, head and normed hidden states.
-      teacher: likewise; no gradient reaches it. None: cross-entropy alone is asked for, and alpha is 0.
-      targets, mask: token ids, and True where they count.
-      alpha, temperature: of the step at hand.
-      z_weight: weight of the squared log-sum-exp of the student's logits.
+      student: what is trained.
+      teacher: no gradient reaches it. None: cross-entropy alone is asked for, and alpha is 0.
+      tokens: targets and mask, [B, L].
+      weights: of the step at hand.
       evaluation: also sum the full-vocabulary KL at T = 1 and the agreement.
 
     Returns:
       The objective's sum over all valid positions, and the sums it is made of.
     """
-    layout = Layout(mesh, targets.shape, student[0].vocab_size)
-    if teacher is None:  # one of width 0: its logits are all alike, and no product makes them
+    layout = Layout(mesh, tokens.targets.shape, student.config.vocab_size)
+    learner, learner_spec = projection(student, layout)
+    if teacher is None:
+        guide, guide_spec = knowing_nothing(student, layout)
         kd = kd.model_copy(update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0})
-        teacher_project: Callable = of_no_width
-        teacher_head, teacher_hidden = jnp.zeros((0, student[0].vocab_size)), jnp.zeros((*targets.shape, 0))
-        teacher_spec = PartitionSpec(None, layout.vocab_axes or None)
     else:
-        teacher_config, teacher_head, teacher_hidden = teacher
-        teacher_project = functools.partial(project, teacher_config)
-        teacher_spec = layout.head(teacher_config)
+        guide, guide_spec = projection(teacher, layout)
     axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
-    walk: Callable = functools.partial(
-        blockwise_kd,
-        student_project=functools.partial(project, student[0]),
-        teacher_project=teacher_project,
-        z_weight=z_weight,
-        top_k=kd.kd_top_k,
-        top_p=kd.kd_top_p,
-        truncation_strategy=kd.kd_truncation_strategy,
-        shared_vocabulary=kd.kd_vocab_size,
-        block_size=block_tokens(layout.vocab_share, kd),
-        evaluation=evaluation,
-        vocab_axis=layout.vocab_axes,
-        pooled_axis=layout.pooled_axes,
-    )
 
-    def local(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
-        arrays = flat(student_hidden), student_head, flat(teacher_hidden), teacher_head, flat(targets), flat(mask)
-        result = walk(*arrays, alpha=alpha, temperature=temperature)
+    def local(
+        learner: Projection, guide: Projection, tokens: Tokens, alpha: Scalar, temperature: Scalar
+    ) -> tuple[Float[Array, ""], KDSums]:
+        result = blockwise_kd(
+            flat_rows(learner),
+            LiveTeacher(flat_rows(guide), kd.kd_top_k, kd.kd_top_p, kd.kd_vocab_size),
+            Tokens(*map(flat, tokens)),
+            weights._replace(alpha=alpha, temperature=temperature),
+            divergence=FORWARD_KL[kd.kd_truncation_strategy],
+            block_size=block_tokens(layout.vocab_share, kd),
+            evaluation=evaluation,
+            vocab_axis=layout.vocab_axes,
+            pooled_axis=layout.pooled_axes,
+        )
         return jax.lax.psum(result, axes) if axes else result
 
-    rows = layout.tokens
-    hidden = PartitionSpec(*rows, None)
+    nowhere = PartitionSpec()
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(hidden, layout.head(student[0]), hidden, teacher_spec, rows, rows, PartitionSpec(), PartitionSpec()),
-        out_specs=PartitionSpec(),
+        in_specs=(learner_spec, guide_spec, layout.tokens, nowhere, nowhere),
+        out_specs=nowhere,
     )
-    return sharded(student[2], student[1], teacher_hidden, teacher_head, targets, mask, alpha, temperature)
+    return sharded(learner, guide, tokens, weights.alpha, weights.temperature)
+
+
+def projection(side: Side, layout: Layout) -> tuple[Projection, Projection]:
+    """The model as the walk takes it; and the same with how each array lies on the mesh in the array's place."""
+    model = Projection(side.hidden, side.head, functools.partial(project, side.config))
+    return model, dataclasses.replace(model, hidden=layout.hidden, head=layout.head(side.config))
+
+
+def knowing_nothing(student: Side, layout: Layout) -> tuple[Projection, Projection]:
+    """A teacher of width 0 for the student's tokens: its logits are all alike, and no product makes them."""
+    hidden = jnp.zeros((*student.hidden.shape[:-1], 0))
+    model = Projection(hidden, jnp.zeros((0, student.config.vocab_size)), of_no_width)
+    head = PartitionSpec(None, layout.vocab_axes or None)
+    return model, dataclasses.replace(model, hidden=layout.hidden, head=head)
+
+
+def flat_rows(model: Projection) -> Projection:
+    return dataclasses.replace(model, hidden=flat(model.hidden))
 
 
 def flat(x: Array) -> Array:

@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from MaxText import upstream
 from MaxText.config.keys import Distillation
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens
 from MaxText.distill.kd_loss import KDSums
 from MaxText.models import heads
 
@@ -27,8 +29,8 @@ Batch = dict[str, jax.Array]
 
 def depths(
     data: Batch, reported: dict[str, Any], ahead: Float[Array, "B L E"]
-) -> Iterator[tuple[Float[Array, "B L D"], Float[Array, "B L E"], Int[Array, "B L"], Bool[Array, "B L"]]]:
-    """Per depth, the MTP layer's normed hidden states, and `ahead`, targets and mask where its predictions lie.
+) -> Iterator[tuple[Float[Array, "B L D"], Float[Array, "B L E"], Tokens]]:
+    """Per depth, the MTP layer's normed hidden states, and `ahead` and the tokens where its predictions lie.
 
     They are shifted as MaxText's block shifts them: what would come from beyond a document's end is masked.
     """
@@ -37,15 +39,14 @@ def depths(
     for hidden in reported["decoder"][heads.MTP_HIDDEN_STATES]:
         targets, mask, ahead = (shifted(x, segments) for x in (targets, mask, ahead))
         segments = upstream.multi_token_prediction.roll_and_mask(segments)
-        yield hidden, ahead, targets, mask != 0
+        yield hidden, ahead, Tokens(targets, mask != 0)
 
 
 def loss(
     mesh: Mesh,
     kd: Distillation,
-    config: Any,
-    head: Float[Array, "..."],
-    teacher: tuple[Any, Float[Array, "..."], Float[Array, "B L E"]],
+    student: heads.Side,
+    teacher: heads.Side,
     data: Batch,
     reported: dict[str, Any],
     temperature: Float[Array, ""],
@@ -58,67 +59,37 @@ def loss(
     Args:
       mesh: the run's mesh.
       kd: the distillation settings; truncation and shared vocabulary hold here as well.
-      config: MaxText's configuration of the student.
-      head: the student's head, which its MTP layers share.
-      teacher: its configuration, head and normed hidden states. Not read where kd_mtp_alpha is 0.
+      student: the model itself; its MTP layers share its head.
+      teacher: not read where kd_mtp_alpha is 0.
       data: the batch.
       reported: what the student's layers reported.
       temperature: of the step at hand.
     """
-    distils = kd.kd_mtp_alpha > 0
+    weights = Weights(jnp.float32(kd.kd_mtp_alpha), temperature)
     total: Any = None
-    for hidden, ahead, targets, mask in depths(data, reported, teacher[2]):
-        objective, sums = heads.kd_objective(
-            mesh,
-            kd,
-            (config, head, hidden),
-            (teacher[0], teacher[1], ahead) if distils else None,
-            targets,
-            mask,
-            alpha=jnp.float32(kd.kd_mtp_alpha),
-            temperature=temperature,
-            z_weight=0.0,
-            evaluation=False,
-        )
+    for hidden, ahead, tokens in depths(data, reported, teacher.hidden):
+        drafting = student._replace(hidden=hidden)
+        guide = teacher._replace(hidden=ahead) if kd.kd_mtp_alpha > 0 else None
+        objective, sums = heads.kd_objective(mesh, kd, drafting, guide, tokens, weights, evaluation=False)
         depth = jnp.stack([objective, sums.ce_sum, sums.kd_sum, sums.n])
         total = depth if total is None else total + depth
     objective, ce_sum, kd_sum, n = total
     n = jnp.maximum(n, 1)
-    return config.mtp_loss_scaling_factor * objective / n, ce_sum / n, kd_sum / n
+    return student.config.mtp_loss_scaling_factor * objective / n, ce_sum / n, kd_sum / n
 
 
-def acceptance(
-    mesh: Mesh,
-    kd: Distillation,
-    config: Any,
-    head: Float[Array, "..."],
-    hidden: Float[Array, "B L D"],
-    data: Batch,
-    reported: dict[str, Any],
-) -> KDSums:
+def acceptance(mesh: Mesh, kd: Distillation, student: heads.Side, data: Batch, reported: dict[str, Any]) -> KDSums:
     """How often the head at depth mtp_eval_target_module and the model itself, k positions on, put one token first.
 
     Args:
-      mesh, kd, config, head, data, reported: as for `loss`.
-      hidden: the model's own normed hidden states.
+      mesh, kd, student, data, reported: as for `loss`.
 
     Returns:
       The sums, of which agreement_sum / n is the acceptance rate.
     """
     everything = kd.model_copy(update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0})
-    depth = list(depths(data, reported, hidden))[config.mtp_eval_target_module - 1]
-    drafted, ahead, targets, mask = depth
-    zero, one = jnp.float32(0), jnp.float32(1)
-    _, sums = heads.kd_objective(
-        mesh,
-        everything,
-        (config, head, drafted),
-        (config, head, ahead),
-        targets,
-        mask,
-        alpha=zero,
-        temperature=one,
-        z_weight=0.0,
-        evaluation=True,
-    )
-    return sums
+    depth = list(depths(data, reported, student.hidden))[student.config.mtp_eval_target_module - 1]
+    drafted, ahead, tokens = depth
+    drafting, model = student._replace(hidden=drafted), student._replace(hidden=ahead)
+    weights = Weights(alpha=jnp.float32(0), temperature=jnp.float32(1))
+    return heads.kd_objective(mesh, everything, drafting, model, tokens, weights, evaluation=True)[1]

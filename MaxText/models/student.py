@@ -24,7 +24,7 @@ class Student:
     state_shardings: nnx.State
     params_shardings: nnx.State
     mesh: jax.sharding.Mesh
-    learning_rate_schedule: Callable
+    learning_rate_schedule: Callable[[Any], Any]
     start_step: int
     data_loader: Any
     data_iterator: Any

@@ -15,9 +15,13 @@ import reference
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from MaxText.distill import truncation
-from MaxText.distill.blockwise import blockwise_kd
+from MaxText.distill import vocabulary
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens, blockwise_kd
+from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, kd_sums
+from MaxText.distill.projection import Projection
+from MaxText.distill.teacher_side import LiveTeacher
 
 N, D, E, V = 37, 16, 24, 1900
 SHARED = 1700  # of V tokens, where the models do not have all of them in common
@@ -81,16 +85,24 @@ def plain(student_project=student_project, teacher_project=teacher_project, **se
     return loss
 
 
-def blockwise(student_project=student_project, teacher_project=teacher_project, **settings):
-    def loss(*arguments):
-        *arrays, alpha, temperature, z_weight = arguments
+def blockwise(
+    student_project=student_project,
+    teacher_project=teacher_project,
+    top_k=0,
+    top_p=0.0,
+    shared_vocabulary=0,
+    truncation_strategy="renormalize",
+    **settings,
+):
+    settings = {"divergence": FORWARD_KL[truncation_strategy]} | settings
+
+    def loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask, *weights):
+        teacher = Projection(teacher_hidden, teacher_head, teacher_project)
         return blockwise_kd(
-            *arrays,
-            student_project=student_project,
-            teacher_project=teacher_project,
-            alpha=alpha,
-            temperature=temperature,
-            z_weight=z_weight,
+            Projection(student_hidden, student_head, student_project),
+            LiveTeacher(teacher, top_k, top_p, shared_vocabulary),
+            Tokens(targets, mask),
+            Weights(*weights),
             **settings,
         )
 
@@ -117,7 +129,7 @@ def test_values_and_gradients_equal_the_plain_form(strategy, keep, monkeypatch):
     arguments = (*problem(), *WEIGHTS)
     expected = gradients_of(plain(**settings))(*arguments)
     # Several chunks of the vocabulary, as at its true size; the first one is shorter.
-    monkeypatch.setattr(truncation, "_CHUNK_VALUES", 8 * 500)
+    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 500)
     assert_equal(gradients_of(blockwise(block_size=8, **settings))(*arguments), expected)
 
 
@@ -129,7 +141,7 @@ def test_tokens_that_one_model_lacks_are_in_no_term_that_the_teacher_is_in(strat
     student_head["embedding"] = student_head["embedding"].at[SHARED:].multiply(3.0)
     arguments = (student_hidden, student_head, teacher_hidden, teacher_head, targets % SHARED, mask, *WEIGHTS)
     settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
-    monkeypatch.setattr(truncation, "_CHUNK_VALUES", 8 * 500)
+    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 500)
     (objective, sums), gradients = gradients_of(blockwise(block_size=8, shared_vocabulary=SHARED, **settings))(
         *arguments
     )
@@ -390,7 +402,6 @@ def test_evaluation_does_no_gradient_work():
         ({"block_size": 0}, "block_size=0"),
         ({"block_size": 8, "top_k": V + 1}, f"top_k={V + 1}"),
         ({"block_size": 8, "top_k": 2, "top_p": 0.5}, "top_k=2 and top_p=0.5"),
-        ({"block_size": 8, "truncation_strategy": "none"}, "truncation_strategy='none'"),
         ({"block_size": 8, "shared_vocabulary": V + 1}, f"shared_vocabulary={V + 1}"),
         ({"block_size": 8, "shared_vocabulary": 9, "top_k": 10}, "top_k=10"),
     ),
@@ -399,6 +410,12 @@ def test_evaluation_does_no_gradient_work():
 def test_an_argument_without_meaning_is_an_error_that_names_it(settings, named):
     with pytest.raises(ValueError, match=named):
         blockwise(**settings)(*problem(), *WEIGHTS)
+
+
+def test_a_temperature_of_zero_is_an_error_that_names_it():
+    alpha, _, z_weight = WEIGHTS
+    with pytest.raises(ValueError, match=r"temperature=0\.0"):
+        blockwise(block_size=8)(*problem(), alpha, 0.0, z_weight)
 
 
 def test_different_vocabularies_are_an_error():

@@ -1,0 +1,110 @@
+"""The vocabulary's axis of a block's logits: whole or sharded, visited once for any number of sums or largest values.
+
+# n positions of a block, V vocabulary (or one device's shard of it)
+
+A visit reduces several arrays that are made of the logits, and stores none of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+# (ids "1 V", *logits "n V") -> a tree of arrays "n V", for all tokens or a chunk of them
+Terms = Callable[..., PyTree[Float[Array, "n V"]]]
+
+
+class Vocabulary(NamedTuple):
+    """The vocabulary's axis, the last one of logits: whole, or one shard of it per device along a mesh axis.
+
+    axes: the mesh axes that shard it inside `jax.shard_map`, in order of token ids; none where it is whole.
+    """
+
+    axes: tuple[str, ...] = ()
+
+    def size(self, logits: Float[Array, "n V"]) -> int:
+        return logits.shape[-1] * (jax.lax.axis_size(self.axes) if self.axes else 1)
+
+    def first(self, logits: Float[Array, "n V"]) -> int | Int[Array, ""]:
+        """The token id of this device's first logit."""
+        return logits.shape[-1] * jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def sums(self, terms: Terms, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
+        """The sum over all tokens of each of the arrays in the tree terms(ids, *logits); none of them is stored."""
+        partial = _reduce(terms, jnp.sum, jnp.add, self.first(logits[0]), logits)
+        return jax.lax.psum(partial, self.axes) if self.axes else partial
+
+    def maxima(self, terms: Terms, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
+        """Likewise the largest values."""
+        partial = _reduce(terms, jnp.max, jnp.maximum, self.first(logits[0]), logits)
+        return jax.lax.pmax(partial, self.axes) if self.axes else partial
+
+    def ids(self, logits: Float[Array, "n V"]) -> Int[Array, "1 V"]:
+        return self.first(logits) + jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+
+    def at(self, logits: Float[Array, "n V"], token: Int[Array, "n 1"]) -> Float[Array, "n 1"]:
+        """The value at one token id per position."""
+        if not self.axes:
+            return jnp.take_along_axis(logits, token, axis=-1)
+        local = token - self.first(logits)
+        is_here = (local >= 0) & (local < logits.shape[-1])
+        value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1)
+        return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axes)
+
+    def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+        """The k largest values and their token ids, in descending order, equal values by lower token id."""
+        # Behind the barrier, because a compiler that sees the result cut further (to its first or last column) no
+        # longer recognises the selection, and sorts the whole vocabulary.
+        values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(k, logits.shape[-1])))
+        if not self.axes:
+            return values, ids
+        ids = ids + self.first(logits)
+        # Shards are gathered in order of token ids and top_k is stable, so that ties stay in order. k numbers per
+        # shard and position travel, not the vocabulary.
+        values, ids = (jax.lax.all_gather(x, self.axes, axis=1, tiled=True, to="invarying") for x in (values, ids))
+        values, order = jax.lax.top_k(values, k)
+        return values, jnp.take_along_axis(ids, order, axis=-1)
+
+
+# Values of a chunk of the vocabulary that a CPU reduces at a time: a few such arrays stay in its cache.
+_CHUNK_VALUES = 1 << 18
+
+
+def _reduce(
+    terms: Terms,
+    reduce: Callable[..., Array],
+    combine: Callable[[Array, Array], Array],
+    first_id: int | Int[Array, ""],
+    logits: tuple[Float[Array, "n V"], ...],
+) -> PyTree[Float[Array, "n 1"]]:
+    """One visit of the vocabulary that reduces each of the arrays in the tree terms(ids, *logits).
+
+    Compilers for accelerators fuse the terms into one reduction of several outputs. XLA's for CPUs writes every
+    exponential that two reductions share as an array of [n, V]: there the visit goes chunk by chunk.
+    """
+
+    def whole(*chunk: Array, start: int | Int[Array, ""] = 0) -> PyTree[Float[Array, "n 1"]]:
+        ids = first_id + start + jnp.arange(chunk[0].shape[-1], dtype=jnp.int32)[None]
+        return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
+
+    rows, vocabulary = logits[0].shape
+    size = max(128, _CHUNK_VALUES // rows)
+    if vocabulary <= size:
+        return whole(*logits)
+
+    def chunked(*logits: Array) -> PyTree[Float[Array, "n 1"]]:
+        rest = vocabulary % size or size
+        first = whole(*(x[:, :rest] for x in logits))
+        if not jax.tree.leaves(first):  # nothing is asked for
+            return first
+
+        def visit(i: Int[Array, ""], reduced: PyTree) -> PyTree:
+            start = rest + i * size
+            chunk = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in logits)
+            return jax.tree.map(combine, reduced, whole(*chunk, start=start))
+
+        return jax.lax.fori_loop(0, (vocabulary - rest) // size, visit, first)
+
+    return jax.lax.platform_dependent(*logits, cpu=chunked, default=whole)

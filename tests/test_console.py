@@ -16,3 +16,18 @@ def test_what_takes_its_time_is_shown_on_a_terminal_and_nowhere_else(is_terminal
         pass
     assert ("compiling" in output.getvalue()) == is_terminal
     assert is_terminal or not output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  no such key\nmore of it"), "no such key"),
+        (ValueError("Validation error for field 'n':\n    TypeError: expected int\n"), None),
+        (ValueError("nothing follows:"), "nothing follows:"),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["lines", "a colon", "a colon alone", "nothing"],
+)
+def test_a_message_of_one_line_does_not_end_where_the_reason_begins(error, line):
+    expected = line or "Validation error for field 'n': TypeError: expected int"
+    assert console.first_line(error) == expected

@@ -8,6 +8,7 @@ from typing import Any
 
 from MaxText import upstream
 from MaxText.config.keys import ConfigError, Distillation
+from MaxText.console import first_line
 
 SHOWN = 3  # ids that differ are named up to so many
 
@@ -47,8 +48,7 @@ def tokens_of(key: str, path: str, kind: str, access_token: str) -> dict[int, st
     try:
         loaded = upstream.tokenizer.build_tokenizer(path, kind, False, False, access_token)
     except (ValueError, TypeError, OSError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({reason})") from error
+        raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({first_line(error)})") from error
     return TOKENS[kind](loaded)
 
 

@@ -434,6 +434,12 @@ BAD: dict[str, tuple[Any, list[str], list[str]]] = {
         lambda f: deepseek(f, {"topk_method": "group_limited_greedy"}), [], ["topk_method", "'greedy' built in"]
     ),
     "biases": (lambda f: edited(f, attention_bias=True), [], ["attention_bias=True", "False built in"]),
+    "value of no allowed type": (
+        lambda f: edited(f, intermediate_size=80.0), [], ["config.json", "'intermediate_size'", "got float"]
+    ),
+    "null where a flag stands": (
+        lambda f: edited(f, tie_word_embeddings=None), [], ["config.json", "'tie_word_embeddings'", "expected bool"]
+    ),
     "quantized": (
         lambda f: edited(f, quantization_config={"quant_method": "fp8"}), [], ["quantization_config", "original"]
     ),

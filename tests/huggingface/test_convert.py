@@ -399,6 +399,10 @@ def deepseek(folder: pathlib.Path, values: Record | None = None, **positions: An
     (folder / "config.json").write_text(json.dumps(config | (values or {})))
 
 
+def expert(folder: pathlib.Path, **values: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(golden.read("qwen3_moe")[0] | values))
+
+
 def cut(folder: pathlib.Path) -> None:
     file = folder / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -439,6 +443,9 @@ BAD: dict[str, tuple[Any, list[str], list[str]]] = {
     ),
     "null where a flag stands": (
         lambda f: edited(f, tie_word_embeddings=None), [], ["config.json", "'tie_word_embeddings'", "expected bool"]
+    ),
+    "experts that are not renormalised": (
+        lambda f: expert(f, norm_topk_prob=False), [], ["norm_topk_prob=False", "True built in"]
     ),
     "quantized": (
         lambda f: edited(f, quantization_config={"quant_method": "fp8"}), [], ["quantization_config", "original"]
@@ -563,6 +570,15 @@ def test_a_model_that_is_nowhere_is_one_message_and_status_2(hf, words, tmp_path
             {"rope_type": "default"},
             "rope_type='default': Hugging Face's model of this kind has 'yarn'",
         ),
+        ("tiny-llama", {"rope_linear_scaling_factor": 4.0}, "rope_linear_scaling_factor=4.0"),
+        ("tiny-llama", {"rope_min_timescale": 2}, "rope_min_timescale=2"),
+        ("tiny-llama", {"moba": True}, "moba=True"),
+        ("tiny-llama", {"use_untrainable_positional_embedding": True}, "use_untrainable_positional_embedding=True"),
+        ("tiny-qwen3", {"use_qk_norm": False}, "use_qk_norm=False"),
+        ("mixtral-8x7b", {"routed_score_func": "softmax"}, "routed_score_func='softmax'"),
+        ("gemma2-2b", {"local_rope_max_timescale": 500}, "local_rope_max_timescale=500"),
+        ("gemma2-2b", {"logits_via_embedding": False}, "logits_via_embedding=False"),
+        ("gemma3-4b", {"normalization_layer_epsilon": 1e-3}, "normalization_layer_epsilon=0.001"),
     ],
     ids=str,
 )

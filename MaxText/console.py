@@ -71,6 +71,8 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that says something, of an error or of what caused it."""
+    """The first line that says something, of an error or of what caused it; with the next, where it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

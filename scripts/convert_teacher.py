@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     teacher = convert(
         arguments.hf,
         epath.Path(absolute(arguments.output)),
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     )
     size = f"{teacher.nbytes / 1e9:.3g} GB in {arguments.dtype}"
     console.print(f"{teacher.model_type} -> {teacher.preset}, {size}, {teacher.items}")
-    console.print(next_commands(teacher), markup=False)
+    console.print(next_commands(teacher))
 
 
 if __name__ == "__main__":

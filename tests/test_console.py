@@ -29,3 +29,18 @@ def test_a_command_that_cannot_go_on_ends_in_one_line_and_a_status(error, status
         raise error
     code = end.value.code  # a text is what Python prints, with status 1
     assert (code, capsys.readouterr().err) == (2, f"{line}\n") if status == 2 else (code == line)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  no such key\nmore of it"), "no such key"),
+        (ValueError("Validation error for field 'n':\n    TypeError: expected int\n"), None),
+        (ValueError("nothing follows:"), "nothing follows:"),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["lines", "a colon", "a colon alone", "nothing"],
+)
+def test_a_message_of_one_line_does_not_end_where_the_reason_begins(error, line):
+    expected = line or "Validation error for field 'n': TypeError: expected int"
+    assert console.first_line(error) == expected

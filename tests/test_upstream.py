@@ -102,8 +102,6 @@ CALLS = {
     "sharding.get_input_data_sharding": "config mesh | rules",
     "sharding.maybe_shard_with_name": "inputs named_sharding | shard_mode",
     "sharding.maybe_update_params_sharding_with_opt": "config state_mesh_shardings",
-    "to_maxtext.LazyHFLoader": "model_id token | save_dtype",
-    "to_maxtext.LazyHFLoader.get_tensor": "self key",
     "to_maxtext.get_maxtext_model_info": "config",
     "train_state_nnx.TrainStateNNX.__init__": "self model optimizer",
     "train_state_nnx.TrainStateNNX.apply_gradients": "self grads | **kwargs",

@@ -9,6 +9,7 @@ import yaml
 
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
+from MaxText.console import first_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository: commands run there
 CONFIGS = ROOT / "MaxText/configs"
@@ -65,7 +66,7 @@ def resolved_keys(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dic
     try:
         everything = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.merge(base, user), resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(first_line(error)) from None
     return {str(key): everything[key] for key in user}
 
 

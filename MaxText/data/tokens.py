@@ -8,7 +8,7 @@ from typing import Any
 
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
-from MaxText.console import say
+from MaxText.console import first_line, say
 
 
 def load(key: str, path: str, kind: str, access_token: str) -> Any:
@@ -16,8 +16,7 @@ def load(key: str, path: str, kind: str, access_token: str) -> Any:
     try:
         return upstream.tokenizer.build_tokenizer(path, kind, False, False, access_token)
     except (ValueError, TypeError, OSError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({reason})") from error
+        raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({first_line(error)})") from error
 
 
 def kind_of(config: Any) -> str:

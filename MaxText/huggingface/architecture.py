@@ -13,7 +13,17 @@ from MaxText.config.keys import ConfigError
 from MaxText.huggingface.families import FAMILIES, GROUPS, family_of, gemma3_scalar, head_dim, layer_types
 from MaxText.huggingface.rotary import LLAMA31, YARN, interleaved, rotary
 
-CAPS = ("attn_logits_soft_cap", "final_logits_soft_cap")
+# MaxText's keys that change what a decoder computes but none of its arrays -> as they are in Hugging Face's models.
+UNSAID = {
+    "attn_logits_soft_cap": 0,
+    "final_logits_soft_cap": 0,
+    "mlp_activations_limit": -1.0,
+    "moba": False,
+    "rope_linear_scaling_factor": 1.0,
+    "rope_min_timescale": 1,
+    "use_mrope": False,
+    "use_untrainable_positional_embedding": False,
+}
 
 
 def architecture(config: transformers.PreTrainedConfig) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def held(config: Any, key: str) -> Any:
 def check_same(config: Any, settings: dict[str, Any]) -> None:
     """Whatever of the model config.json has no word for would be lost without a word."""
     activation = "gelu" if config.decoder_block.value.startswith("gemma") else "silu"
-    settings = dict.fromkeys(CAPS, 0) | {"mlp_activations": [activation, "linear"]} | settings
+    settings = UNSAID | {"mlp_activations": [activation, "linear"]} | settings
     for key, value in settings.items():
         own = held(config, key)
         own = getattr(own, "value", own)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from etils import epath, epy
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,13 +23,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
 from MaxText.console import RunError, first_line
-from MaxText.huggingface import presets, shapes, source, weights
+from MaxText.huggingface import presets, shapes, source, tensors, weights
 from MaxText.huggingface.stacked_arrays import Pending, Shape, Stacked, stored_by_piece, written_by_piece
 
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
     from orbax.checkpoint.experimental import v1 as ocp
 
+SHOWN = 5  # tensors that are not used are named up to so many
 BATCH = 1 << 28  # bytes of small arrays that are written at once
 PARTIAL = "unfinished.partial_save"  # how Orbax calls the unfinished checkpoint, and each write in it begins
 CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
@@ -73,17 +74,23 @@ def convert(
       RunError: it could not be written, or its tensors not be read; the same conversion goes on from there.
     """
     folder = source.fetch(hf)
-    hf_config = source.read_config(folder)
+    as_written = source.read_config(folder)
+    hf_config, stored = tensors.with_its_head(as_written, tensors.stored_tensors(folder))
     preset, changed = presets.choose(hf_config, model_name)
     config = shapes.maxtext_config(preset, changed, scan_layers)
-    arrays = lazy_arrays(folder, hf_config, config, dtype)
+    arrays, left = lazy_arrays(stored, hf_config, config, dtype)
+    if hf_config.tie_word_embeddings != as_written.tie_word_embeddings:
+        console.print("warning: tie_word_embeddings=true, but lm_head.weight is not the embeddings' table: kept apart")
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        console.print(f"warning: tensors that the model does not use ({len(left)}): {', '.join(left[:SHOWN])}{more}")
     record = {"hf": hf, "model_name": preset, "overrides": changed, "dtype": dtype}
     record |= {"scan_layers": config.scan_layers, "files": source.source_files(folder)}
     try:
         written = begin(output, record)
         source.copy_tokenizer(folder, output / "tokenizer")
         save(output, arrays, written, config, console)
-    except (OSError, ValueError) as error:  # tensorstore's are of the second kind
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # tensorstore's are of the second kind
         reason = first_line(error)
         raise RunError(f"{output}: not converted ({reason}); the same command goes on from here") from error
     size = sum(array.nbytes for _, array in arrays)
@@ -94,20 +101,18 @@ def convert(
 
 
 def lazy_arrays(
-    folder: pathlib.Path, hf_config: transformers.PreTrainedConfig, config: Any, dtype: str
-) -> list[tuple[Any, Stacked]]:
-    """Path -> array of MaxText's checkpoint, read and transformed when asked for."""
+    stored: dict[str, tensors.Tensor], hf_config: transformers.PreTrainedConfig, config: Any, dtype: str
+) -> tuple[list[tuple[Any, Stacked]], list[str]]:
+    """Path -> array of MaxText's checkpoint, read and transformed when asked for; and the tensors of no array."""
     tables = weights.tables(hf_config, config, saving=False)
     wanted, treedef = shapes.model_info(config)
-    with upstream.silence():
-        keys = upstream.hf_utils.validate_and_filter_param_map_keys(tables.names.keys(), wanted.keys())
+    keys = tables.parameters(wanted.keys())
     needed = {name for key in keys for name in jax.tree.leaves(tables.names[key])}
-    on_disk = source.locate(needed, tables.shapes, source.stored_tensors(folder))
-    # Transformations multiply and add: in float32, rounded once, when written.
-    loader = upstream.to_maxtext.LazyHFLoader(str(folder), None, save_dtype="float32")
+    on_disk = tensors.locate(needed, tables.shapes, stored)
 
     def load(hook: Any, name: str, shape: Shape) -> np.ndarray:
-        return upstream.hf_utils.apply_hook_fns(loader.get_tensor(on_disk[name]), shape, hook)
+        """In float32: transformations multiply and add. Rounded once, when written."""
+        return upstream.hf_utils.apply_hook_fns(on_disk[name].read(), shape, hook)
 
     leaves: list[Any] = [None] * len(wanted)
     for key in keys:
@@ -116,7 +121,8 @@ def lazy_arrays(
         axes = stacked_axes(key, names, shape, config)
         kind = jnp.dtype("float32" if key.startswith(weights.BIASES) else dtype)  # biases move by small steps
         leaves[place] = Stacked(shape, kind, names, axes, functools.partial(load, hook))
-    return jax.tree_util.tree_leaves_with_path({"params": jax.tree.unflatten(treedef, leaves)})
+    arrays = jax.tree_util.tree_leaves_with_path({"params": jax.tree.unflatten(treedef, leaves)})
+    return arrays, tensors.unused(stored, on_disk.values())
 
 
 def stacked_axes(key: str, names: Any, shape: Shape, config: Any) -> tuple[int, ...]:

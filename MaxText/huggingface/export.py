@@ -191,7 +191,7 @@ def tensors(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Name -> tensor of Hugging Face's model, by MaxText's conversion, those of one array after the other."""
     found = weights.tables(hf_config, config, saving=True)
-    for key in upstream.hf_utils.validate_and_filter_param_map_keys(found.names, places.keys()):
+    for key in found.parameters(places.keys()):
         array, kind = read(checkpoint, places[key]), jax.numpy.dtype(dtype)
         if key.startswith(weights.BIASES):
             kind = np.dtype(np.float32)  # as transformers has them

@@ -44,10 +44,14 @@ SHARED_EXPERTS = {
 }
 DEEPSEEK = SIZES | EPSILON | SHARED_EXPERTS | dict(zip(LATENTS, LATENTS, strict=True))
 GROUPS = {"n_routing_groups": "n_group", "topk_routing_group": "topk_group"}
-NO_OTHER_DEEPSEEK = {"use_indexer": False, "engram_layers": [], "mhc_expansion_rate": 1}
+NO_OTHER_DEEPSEEK = {"attention_type": "mla", "use_indexer": False, "engram_layers": [], "mhc_expansion_rate": 1}
 DEEPSEEK_BUILT_IN = SILU | {"attention_bias": False, "rms_norm_eps": 1e-6}  # norms of latents have no other
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
-         "use_bidirectional_attention": False}  # fmt: skip
+         "use_bidirectional_attention": False, "tie_word_embeddings": True}  # fmt: skip
+# Which norms and biases there are; how a router scores: by the softmax over the experts that it has chosen.
+GEMMA_NORMS = {"use_post_attn_norm": True, "use_post_ffw_norm": True}
+PLAIN_ROUTER = {"routed_score_func": "", "routed_bias": False}
+QWEN3_NORMS = {"use_qk_norm": True, "use_mrope": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +96,18 @@ FAMILIES = {
             "num_experts_per_tok": "num_experts_per_tok",
         },
         SILU | NO_WINDOW,
+        own=PLAIN_ROUTER,
     ),
-    "qwen2": Family("qwen2", "qwen2.5-7b", SIZES | EPSILON, SILU | NO_WINDOW),
-    "qwen3": Family("qwen3", "qwen3-8b", SIZES | EPSILON, SILU | NO_WINDOW | {"attention_bias": False}),
+    "qwen2": Family(
+        "qwen2",
+        "qwen2.5-7b",
+        SIZES | EPSILON,
+        SILU | NO_WINDOW,
+        own={"attention_bias": True, "use_qk_norm": False, "use_mrope": False},
+    ),
+    "qwen3": Family(
+        "qwen3", "qwen3-8b", SIZES | EPSILON, SILU | NO_WINDOW | {"attention_bias": False}, own=QWEN3_NORMS
+    ),
     "qwen3_moe": Family(
         "qwen3_moe",
         "qwen3-30b-a3b",
@@ -105,9 +118,11 @@ FAMILIES = {
             "base_moe_mlp_dim": "moe_intermediate_size",
             "num_experts": "num_experts",
             "num_experts_per_tok": "num_experts_per_tok",
-            "norm_topk_prob": "norm_topk_prob",
         },
-        SILU | NO_WINDOW | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        SILU
+        | NO_WINDOW
+        | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        own=QWEN3_NORMS | PLAIN_ROUTER,
     ),
     "deepseek_v2": Family(
         "deepseek",
@@ -125,8 +140,15 @@ FAMILIES = {
         own={"routed_score_func": "sigmoid", "routed_bias": True} | NO_OTHER_DEEPSEEK,
         names=("deepseek3", "kimi-k2"),  # by which MaxText chooses experts, and keeps biases apart
     ),
-    "gemma2": Family("gemma2", "gemma2-2b", SIZES | WINDOWS, GEMMA, pattern=1),
-    "gemma3_text": Family("gemma3", "gemma3-4b", SIZES | WINDOWS, GEMMA, pattern=5),
+    "gemma2": Family(
+        "gemma2",
+        "gemma2-2b",
+        SIZES | EPSILON | WINDOWS,
+        GEMMA,
+        pattern=1,
+        own=GEMMA_NORMS | {"local_rope_max_timescale": -1},
+    ),
+    "gemma3_text": Family("gemma3", "gemma3-4b", SIZES | EPSILON | WINDOWS, GEMMA, pattern=5, own=GEMMA_NORMS),
 }
 
 

@@ -24,27 +24,50 @@ LLAMA31 = {
 
 def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, Any]:
     """MaxText's keys for rotary positions."""
-    given = dict(config.rope_parameters)
     if family.is_latent:
-        return yarn(config, given)
+        return yarn(config, plainly(config.rope_parameters))
     if family.decoder_block == "gemma3":
-        local, given = dict(given["sliding_attention"]), dict(given["full_attention"])
-        if local.get("rope_type", "default") == "default":
-            keys: dict[str, Any] = {"local_rope_max_timescale": int(local["rope_theta"])}
-            keys["rope_linear_scaling_factor"] = given.get("factor", 1.0)
-            if given.get("rope_type", "default") in ("default", "linear"):
-                return keys | {"rope_max_timescale": int(given["rope_theta"])}
-    scaling = {name: value for name, value in given.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    keys = {"rope_max_timescale": int(given["rope_theta"]), "rope_type": "default"}
-    if given.get("partial_rotary_factor", 1.0) == 1.0:
-        if scaling.get("rope_type", "default") == "default":
+        local, given = (plainly(config.rope_parameters[kind]) for kind in ("sliding_attention", "full_attention"))
+        keys: dict[str, Any] = {"local_rope_max_timescale": timescale(local)}
+        if local["rope_type"] == "default" and "partial_rotary_factor" not in local | given:
+            if given["rope_type"] == "default":  # and a factor, if there is one, says nothing
+                return keys | {"rope_linear_scaling_factor": 1.0, "rope_max_timescale": timescale(given)}
+            if given["rope_type"] == "linear":
+                return keys | {"rope_linear_scaling_factor": given["factor"], "rope_max_timescale": timescale(given)}
+    else:
+        given = plainly(config.rope_parameters)
+        keys = {"rope_max_timescale": timescale(given), "rope_type": "default"}
+        if given["rope_type"] == "default" and "partial_rotary_factor" not in given:
             return keys
-        if scaling == LLAMA31 and family.decoder_block == "llama2":
+        if family.decoder_block == "llama2" and given == LLAMA31 | {"rope_theta": given["rope_theta"]}:
             return keys | {"rope_type": "llama3.1", "rope_use_scale": True}
     raise ConfigError(
         f"rope_parameters={config.rope_parameters!r}: MaxText's {family.decoder_block} decoder cannot scale rotary "
         "positions so" + (f"; of Llama's scalings it has {LLAMA31!r}" if family.decoder_block == "llama2" else "")
     )
+
+
+def plainly(given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of rotary positions without what transformers does not read, or reads as if it were not there.
+
+    `type` is what early models call rope_type; where both are given rope_type counts. Some of transformers' releases
+    read the other one: they must be the same.
+    """
+    kind = given.get("rope_type", "default")
+    if given.get("type", kind) != kind:
+        raise ConfigError(
+            f"rope_parameters={given!r}: type={given['type']!r} beside rope_type={kind!r}, which transformers goes by; "
+            "write rope_type alone"
+        )
+    redundant = {"type": kind, "partial_rotary_factor": 1.0}
+    return {name: value for name, value in given.items() if redundant.get(name) != value} | {"rope_type": kind}
+
+
+def timescale(given: dict[str, Any]) -> int:
+    theta = given["rope_theta"]
+    if not isinstance(theta, int | float) or not float(theta).is_integer():
+        raise ConfigError(f"rope_theta={theta!r}: MaxText's timescales of rotary positions are whole numbers")
+    return int(theta)
 
 
 # MaxText's key -> what config.json calls it among its parameters of rotary positions, and its value if left out.
@@ -62,8 +85,8 @@ def yarn(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[s
 
     MaxText's `rope_type: default` turns halves of a head instead.
     """
-    keys = {"rope_type": "yarn", "rope_interleave": True, "rope_max_timescale": int(given["rope_theta"])}
-    if given.get("rope_type", "default") == "default":
+    keys = {"rope_type": "yarn", "rope_interleave": True, "rope_max_timescale": timescale(given)}
+    if given["rope_type"] == "default" and "partial_rotary_factor" not in given:
         return keys | {"rope_factor": 1}
     values = {key: given.get(name) or default for key, (name, default) in YARN.items()}
     whole = {key: value if key == "mscale" else int(value) for key, value in values.items()}
@@ -74,7 +97,7 @@ def yarn(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[s
         and (given.get("mscale") or 0) == (given.get("mscale_all_dim") or 0) != 0
         and given.get("truncate", True)
         and given.get("attention_factor") is None
-        and given.get("partial_rotary_factor", 1) == 1
+        and "partial_rotary_factor" not in given
         and length > whole["original_max_position_embeddings"]
     ):
         keys |= {"max_position_embeddings": length, "rope_truncate": True, "rope_attention_scaling": False}

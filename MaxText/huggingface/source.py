@@ -1,19 +1,14 @@
-"""A Hugging Face model's folder: fetched, its configuration read, its tensors and its tokenizer's files found."""
+"""A Hugging Face model's folder: fetched, its configuration read, its tokenizer's files copied."""
 
 from __future__ import annotations
 
-import json
 import pathlib
-from typing import Any
 
 import huggingface_hub
-import safetensors
 from etils import epath, epy
 
 from MaxText.config.keys import ConfigError
 from MaxText.console import first_line
-from MaxText.huggingface.stacked_arrays import Shape
-from MaxText.huggingface.weights import spellings
 
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
@@ -47,63 +42,6 @@ def read_config(folder: pathlib.Path) -> transformers.PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(folder).get_text_config()
     except Exception as error:  # a model_type that transformers does not know, or values that it refuses
         raise ConfigError(f"{folder / 'config.json'}: {first_line(error)}") from error
-
-
-def stored_tensors(folder: pathlib.Path) -> dict[str, Shape]:
-    """Name -> shape of every tensor in the folder, from the heads of its files alone.
-
-    Raises:
-      ConfigError: there are none, or one that the index names is not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    try:
-        where = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{index}: cannot be read ({error})") from error
-    files = sorted(set(where.values())) if where else ["model.safetensors"]
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing and not where:
-        raise ConfigError(f"--hf {str(folder)!r}: no model.safetensors and no index of several files")
-    if missing:
-        raise ConfigError(f"{index}: names files that are not there: {', '.join(missing)}")
-    found: dict[str, Shape] = {}
-    for file in files:
-        try:
-            with safetensors.safe_open(folder / file, framework="np") as opened:
-                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ConfigError(f"{folder / file}: cannot be read ({first_line(error)})") from error
-    lost = sorted(set(where or ()) - set(found))
-    if lost:
-        raise ConfigError(f"{index}: names tensors that are not there: {', '.join(lost[:5])}")
-    return found
-
-
-def locate(names: set[str], expected: dict[str, Any], stored: dict[str, Shape]) -> dict[str, str]:
-    """Name in MaxText's tables -> name on disk.
-
-    Args:
-      names: those that the model needs.
-      expected: name -> shape, as config.json has it.
-      stored: name on disk -> shape.
-
-    Raises:
-      ConfigError: a tensor is missing, or has another shape.
-    """
-    found: dict[str, str] = {}
-    problems = []
-    for name in sorted(names):
-        spelling = next((other for other in spellings(name) if other in stored), None)
-        if spelling is None:
-            problems.append(f"  {name}: not there")
-        elif stored[spelling] != tuple(expected[name]):
-            problems.append(f"  {spelling}: {stored[spelling]} stored, config.json makes it {tuple(expected[name])}")
-        else:
-            found[name] = spelling
-    if problems:
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ConfigError("the weights are not those of config.json:\n" + "\n".join(problems[:5]) + more)
-    return found
 
 
 def source_files(folder: pathlib.Path) -> dict[str, list[int]]:

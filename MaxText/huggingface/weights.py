@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Set
 from typing import Any
 
 from etils import epy
@@ -15,6 +16,7 @@ with epy.lazy_imports():
     import transformers  # after upstream has quietened it
 
 from MaxText import upstream
+from MaxText.config.keys import ConfigError
 from MaxText.huggingface.families import family_of, head_dim
 from MaxText.huggingface.rotary import interleaved
 
@@ -32,6 +34,20 @@ class Tables:
     names: dict[Any, Any]
     hooks: dict[Any, Any]
     shapes: dict[str, Any]
+
+    def parameters(self, wanted: Set[str]) -> list[Any]:
+        """Those of `names` that a model with the parameters `wanted` has.
+
+        Raises:
+          ConfigError: it has one that is nowhere in Hugging Face's model.
+        """
+        known = {part for key in self.names for part in (key if isinstance(key, tuple) else (key,))}
+        foreign = sorted(wanted - known)
+        if foreign:
+            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+            raise ConfigError(f"{', '.join(foreign[:5])}{more}: Hugging Face's model of this kind has no such tensor")
+        with upstream.silence():
+            return upstream.hf_utils.validate_and_filter_param_map_keys(self.names.keys(), wanted)
 
 
 def tables(hugging_face: transformers.PreTrainedConfig, config: Any, saving: bool) -> Tables:

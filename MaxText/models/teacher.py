@@ -22,7 +22,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from MaxText import upstream
 from MaxText.config.files import absolute
 from MaxText.config.keys import ConfigError
-from MaxText.console import say
+from MaxText.console import first_line, say
 from MaxText.models import heads
 
 Path = tuple[str, ...]
@@ -113,8 +113,7 @@ def unreadable_as_config_error(message: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{message} ({reason})") from error
+        raise ConfigError(f"{message} ({first_line(error)})") from error
 
 
 def committed_steps(folder: epath.Path) -> list[int]:

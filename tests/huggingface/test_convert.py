@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import types
+from collections.abc import Callable
 from typing import Any
 
 import convert_teacher
@@ -180,8 +181,8 @@ def test_several_files_and_several_writes_are_the_same_checkpoint(base, teachers
 
 
 def test_bfloat16_is_the_float32_checkpoint_rounded_once(base, teachers):
-    convert(base / "gemma3_hf", base / "half", PRESETS["gemma3"], "--dtype", "bfloat16")
     whole = arrays(teachers("gemma3"))
+    convert(base / "gemma3_hf", base / "half", PRESETS["gemma3"], "--dtype", "bfloat16")
     assert_equal(arrays(base / "half"), jax.tree.map(lambda x: np.asarray(x).astype(jax.numpy.bfloat16), whole))
 
 
@@ -212,6 +213,32 @@ def test_the_language_model_of_a_model_that_sees_is_found(base, teachers):
     save_file(renamed | {"vision_tower.patch": np.zeros(3, np.float32)}, seeing / "model.safetensors")
     convert(seeing, base / "seeing", PRESETS["gemma3"])
     assert_equal(arrays(base / "seeing"), arrays(teachers("gemma3")))
+
+
+def rewrite(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def test_a_tied_model_that_stores_its_head_alone_is_the_same_teacher(tmp_path):
+    table = "model.embed_tokens.weight"
+    written = golden.write("qwen3", tmp_path / "hf")
+    rewrite(tmp_path / "hf", lambda held: {"lm_head.weight" if n == table else n: v for n, v in held.items()})
+    record = convert(tmp_path / "hf", tmp_path / "mt", PRESETS["qwen3"])
+    assert "logits_via_embedding" not in record["overrides"]
+    np.testing.assert_array_equal(arrays(tmp_path / "mt")["token_embedder"]["embedding"], written[table])
+
+
+def test_a_head_that_config_json_would_tie_is_kept_and_what_is_left_is_named(tmp_path, capsys):
+    head = golden.weight("lm_head.weight", (VOCABULARY, 48), False)
+    golden.write("qwen3", tmp_path / "hf")
+    rewrite(tmp_path / "hf", lambda held: held | {"lm_head.weight": head, "model.layers.3.norm.weight": head})
+    record = convert(tmp_path / "hf", tmp_path / "mt", PRESETS["qwen3"])
+    assert record["overrides"]["logits_via_embedding"] is False
+    np.testing.assert_array_equal(arrays(tmp_path / "mt")["decoder"]["logits_dense"]["kernel"], head.T)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("warning: tie_word_embeddings=true, but lm_head.weight is not the embeddings' table")
+    assert said[1] == "warning: tensors that the model does not use (1): model.layers.3.norm.weight"
 
 
 def test_the_tokenizer_comes_along(base):
@@ -399,6 +426,10 @@ def deepseek(folder: pathlib.Path, values: Record | None = None, **positions: An
     (folder / "config.json").write_text(json.dumps(config | (values or {})))
 
 
+def expert(folder: pathlib.Path, **values: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(golden.read("qwen3_moe")[0] | values))
+
+
 def cut(folder: pathlib.Path) -> None:
     file = folder / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -434,6 +465,15 @@ BAD: dict[str, tuple[Any, list[str], list[str]]] = {
         lambda f: deepseek(f, {"topk_method": "group_limited_greedy"}), [], ["topk_method", "'greedy' built in"]
     ),
     "biases": (lambda f: edited(f, attention_bias=True), [], ["attention_bias=True", "False built in"]),
+    "value of no allowed type": (
+        lambda f: edited(f, intermediate_size=80.0), [], ["config.json", "'intermediate_size'", "got float"]
+    ),
+    "null where a flag stands": (
+        lambda f: edited(f, tie_word_embeddings=None), [], ["config.json", "'tie_word_embeddings'", "expected bool"]
+    ),
+    "experts that are not renormalised": (
+        lambda f: expert(f, norm_topk_prob=False), [], ["norm_topk_prob=False", "True built in"]
+    ),
     "quantized": (
         lambda f: edited(f, quantization_config={"quant_method": "fp8"}), [], ["quantization_config", "original"]
     ),
@@ -557,6 +597,15 @@ def test_a_model_that_is_nowhere_is_one_message_and_status_2(hf, words, tmp_path
             {"rope_type": "default"},
             "rope_type='default': Hugging Face's model of this kind has 'yarn'",
         ),
+        ("tiny-llama", {"rope_linear_scaling_factor": 4.0}, "rope_linear_scaling_factor=4.0"),
+        ("tiny-llama", {"rope_min_timescale": 2}, "rope_min_timescale=2"),
+        ("tiny-llama", {"moba": True}, "moba=True"),
+        ("tiny-llama", {"use_untrainable_positional_embedding": True}, "use_untrainable_positional_embedding=True"),
+        ("tiny-qwen3", {"use_qk_norm": False}, "use_qk_norm=False"),
+        ("mixtral-8x7b", {"routed_score_func": "softmax"}, "routed_score_func='softmax'"),
+        ("gemma2-2b", {"local_rope_max_timescale": 500}, "local_rope_max_timescale=500"),
+        ("gemma2-2b", {"logits_via_embedding": False}, "logits_via_embedding=False"),
+        ("gemma3-4b", {"normalization_layer_epsilon": 1e-3}, "normalization_layer_epsilon=0.001"),
     ],
     ids=str,
 )

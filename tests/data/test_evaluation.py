@@ -80,8 +80,8 @@ def test_every_target_of_the_evaluation_data_counts_once(kind, packing, sizes, k
 def test_a_host_whose_data_has_ended_goes_along_with_rows_that_do_not_count(monkeypatch):
     answers = iter([True, True, True, False])
     monkeypatch.setattr(evaluation, "any_host", lambda has: next(answers))
-    empty = {"targets": np.zeros((2, 3), np.int32), "targets_segmentation": np.zeros((2, 3), np.int32)}
-    one = {"targets": np.ones((1, 3), np.int32), "targets_segmentation": np.ones((1, 3), np.int32)}
+    names = ("targets", "targets_segmentation", "inputs_segmentation")
+    empty, one = dict.fromkeys(names, np.zeros((2, 3), np.int32)), dict.fromkeys(names, np.ones((1, 3), np.int32))
     counts = [int((b["targets_segmentation"] != 0).sum()) for b in evaluation.FullBatches([one], empty)]
     assert counts == [3, 0, 0]
     answers = iter([True, False])

@@ -27,6 +27,7 @@ CALLS = {
     "checkpointing.wait_until_finished": "checkpoint_manager",
     "data_processing_utils.get_tokenizer_and_pad_id": "config | add_bos add_eos",
     "embeddings.attend_on_embedding": "query embedding_table attend_dtype config",
+    "gcs_utils.gcs_glob_pattern": "pattern",
     "gcs_utils.upload_dump": "| local_dir target_dir module_name delete_local_after all_host_upload",
     "goodput.create_goodput_recorder": "config",
     "goodput.maybe_monitor_goodput": "config",

@@ -1,7 +1,8 @@
 """The manifest of a run: <run>/distillation.json, beside the checkpoints, says what the student learns from.
 
-A resumed run whose teacher or loss is another would go on without a word, and its curve would tell of two runs. So the
-manifest holds the teacher's identity and the kd_* settings, and a run that is resumed with others is refused.
+A resumed run whose teacher, loss or data is another would go on without a word, and its curve would tell of two runs.
+So the manifest holds the teacher's identity, the kd_* settings and the names and sizes of the files of the data, and a
+run that is resumed with others is refused.
 docs/design/restarts.md defines the fingerprint and what counts. Left out on purpose: MaxText's own keys, which a
 resumed run may change as it always could.
 """
@@ -21,6 +22,7 @@ from MaxText import upstream
 from MaxText.config.files import CONFIGS, load_yml
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.console import say
+from MaxText.data import files
 from MaxText.models.teacher import EPHEMERAL, Teacher
 
 NAME = "distillation.json"
@@ -47,7 +49,7 @@ def keep(config: Any, kd: Distillation, teacher: Teacher | None, manager: Any) -
     if manager is None:
         return
     file = epath.Path(config.checkpoint_dir).parent / NAME
-    now, before = describe(kd, teacher), None
+    now, before = describe(kd, teacher) | {"data": files.listed(config)}, None
     if upstream.checkpointing.latest_step(manager) is not None:
         before = read(file, kd)
         changes = differences(before, now)
@@ -81,6 +83,12 @@ def differences(before: Manifest | None, now: Manifest) -> list[str]:
     if before is None:
         missing = "no distillation.json: the run began with use_kd=false, or before this trainer wrote one"
         return [f"use_kd: {missing}; true now"] if now["settings"]["use_kd"] else []
+    # A manifest may be older than the list of files.
+    of_data = files.differences(before["data"], now["data"]) if "data" in before else []
+    return of_distillation(before, now) + of_data
+
+
+def of_distillation(before: Manifest, now: Manifest) -> list[str]:
     old, new = before["settings"], now["settings"]
     if old["use_kd"] != new["use_kd"] or not new["use_kd"]:
         return [f"use_kd: {old['use_kd']} before, {new['use_kd']} now"] if old["use_kd"] != new["use_kd"] else []

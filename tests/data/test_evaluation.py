@@ -81,7 +81,7 @@ def test_a_host_whose_data_has_ended_goes_along_with_rows_that_do_not_count(monk
     answers = iter([True, True, True, False])
     monkeypatch.setattr(evaluation, "any_host", lambda has: next(answers))
     names = ("targets", "targets_segmentation", "inputs_segmentation")
-    empty, one = ({name: np.full((rows, 3), 2 - rows) for name in names} for rows in (2, 1))
+    empty, one = dict.fromkeys(names, np.zeros((2, 3), np.int32)), dict.fromkeys(names, np.ones((1, 3), np.int32))
     counts = [int((b["targets_segmentation"] != 0).sum()) for b in evaluation.FullBatches([one], empty)]
     assert counts == [3, 0, 0]
     answers = iter([True, False])

@@ -30,8 +30,8 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import iterators, pipelines, tokens
-    from MaxText.loop import failures, header, manifest, sanity, step, termination
+    from MaxText.data import coverage, iterators, pipelines, tokens
+    from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
     from MaxText.models import student as student_lib
@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         say(f"warning: {warning}")
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
+        for line in coverage.report(config, upstream.maxtext_utils.get_mesh_from_config(config)):
+            say(line)
         refusals = student_lib.refusals_as_config_errors(config)
         with upstream.monitored(config, recorder), refusals, iterators.closed_at_the_end():
             upstream.train_utils.validate_train_config(config)
@@ -83,6 +85,8 @@ def main(argv: Sequence[str]) -> None:
         with waiting("compiling"):
             steps = compile_steps(config, kd, student, teacher)
         header.header(run, student, teacher)
+        for line in coverage.report(config, student.mesh):
+            say(line)
         look = None  # at the teacher, on one batch: of evaluation or else the first of training
         if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.teacher_in_step:
             look = functools.partial(sanity.check_on_first_step, config, kd)
@@ -257,7 +261,12 @@ def train(
         profiler.deactivate()
         if upstream.is_data_failure(reason):
             raise ConfigError(f"{data_settings(config)}: {reason}") from reason
-        say(f"training stopped: {reason}")
+        if upstream.is_end_of_data(reason):
+            logger.flush()
+            schedule, start = student.learning_rate_schedule, student.start_step
+            say("\n".join(ending.data_has_ended(config, schedule, start, done, logger.tokens)))
+        else:
+            say(f"training stopped: {reason}")
         terminated = upstream.is_termination(reason)  # there is little time then: the restart evaluates
         if steps.evaluate is not None and evaluated < done and not terminated:
             with contextlib.suppress(upstream.exceptions.StopTraining):

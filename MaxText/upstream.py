@@ -270,6 +270,11 @@ def is_data_failure(reason: Exception) -> bool:
     return str(reason).startswith("`next(self.data_iterator)` failed")
 
 
+def is_end_of_data(reason: Exception) -> bool:
+    """Whether upstream's loader stopped the training because there is no more data."""
+    return str(reason).startswith("You may have run out of training data")
+
+
 def is_termination(reason: Exception) -> bool:
     """Whether a signal stopped the training: upstream's loop on several hosts, or ours."""
     return "SIGTERM" in str(reason)

@@ -4,7 +4,7 @@ import re
 
 _NUMBER = r"[-\d.e+]+[kMBT]?"
 _FORMS = [
-    r" *(run|student|teacher|loss|tokens|devices)  .*",  # the header
+    r" *(run|student|teacher|loss|tokens|text|devices)  .*",  # the header
     r" {10}(from|in blocks of) .*",
     rf"step +\d+/\d+ \| loss {_NUMBER} \| .*",
     rf"eval after step \d+: ce {_NUMBER} \| .* tokens",

@@ -69,6 +69,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         self.last_completion = time.monotonic()
         self.first_step_at = self.last_completion
         self.state_is_finite = True  # after the last step that was written
+        self.tokens = 0.0  # that counted in the steps of this process
         self.empty_steps = 0  # in a row, in which no token counted
         self.has_learned = False  # whether a token counted in any step
         if config.metrics_file and jax.process_index() == 0:
@@ -127,6 +128,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         elif metric_type != "running_eval":  # upstream's running averages are rows of neither kind
             super().write_metrics(metrics, step, metric_type)
         if metric_type == "train":
+            self.tokens += float(metrics["scalar"]["learning/total_weights"])
             self.state_is_finite = failures.state_is_finite(metrics["scalar"])
             self.stop_if_diverged(metrics["scalar"], step)
 

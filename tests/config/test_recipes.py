@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT, environment, execute
 from test_train_compile import WITHOUT_LIBTPU
 
 from MaxText import train_compile, upstream
 from MaxText.config import resolve
 from MaxText.config.teacher import resolve_teacher
+from MaxText.data import coverage
 from MaxText.models import teacher as teacher_lib
 
 SHARED = "recipe.yml"
@@ -62,6 +64,30 @@ def test_a_recipes_teacher_fits_its_student(recipe):
         devices = int(topology(recipe).rpartition("-")[2])
         a_step = run.student.per_device_batch_size * run.student.max_target_length * devices
         assert int(tokens[1].replace(",", "")) == a_step
+
+
+def blocks(document):
+    """The yml of a document: of README the student's, of docs/data.md those that read by grain."""
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    return [text for text in found if "dataset_type: grain" in text]
+
+
+@pytest.mark.e2e
+def test_recipes_and_documents_read_all_of_a_document(tmp_path):
+    for recipe in RECIPES:
+        assert coverage.cut_by(initialized(recipe).student) == "", recipe
+    for document, count in (("README.md", 1), ("docs/data.md", 2)):
+        texts = blocks(document)
+        assert len(texts) == count
+        for text in texts:
+            config = yaml.safe_load(text) | {"base_config": "base.yml", "base_output_directory": str(tmp_path)}
+            (tmp_path / "student.yml").write_text(yaml.safe_dump(config))
+            arguments = ["hardware=cpu", "skip_jax_distributed_system=true", "metrics_file="]
+            run = resolve.initialize(["train.py", str(tmp_path / "student.yml"), *arguments])
+            assert coverage.cut_by(run.student) == "", text
+    for config in ("teacher", "student"):
+        run = resolve.initialize(["train.py", str(ROOT / f"configs/demo/{config}.yml")])
+        assert coverage.cut_by(run.student) == "", config
 
 
 def lower(recipe):

@@ -22,7 +22,7 @@ from letters import LETTERS, save_tokenizer, texts_of, write_array_record, write
 from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
-from MaxText.data import pipelines, tokens
+from MaxText.data import coverage, pipelines, tokens
 from MaxText.data import rows as rows_lib
 
 LENGTH, BATCH = 32, 4
@@ -290,6 +290,46 @@ def test_files_are_read_in_the_order_of_their_names(config_of, tmp_path) -> None
     keys = keys_of("hf parquet", tmp_path) | {"hf_train_files": f"{tmp_path}/*.parquet", "eval_interval": -1}
     rows = rows_of(config_of(**keys, packing=False), "train")
     assert [piece for row in pieces_of(rows) for piece in row] == expected
+
+
+# What is never read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_run_says_how_large_a_share_of_its_text_is_cut_off(pipeline, config_of, folder, monkeypatch) -> None:
+    mesh = upstream.maxtext_utils.get_mesh_from_config(config_of())
+    lengths = [len(text) + 2 for text in TRAIN]
+    share = 1 - sum(min(length, LENGTH) for length in lengths) / sum(lengths)
+    [line] = coverage.report(config_of(**keys_of(pipeline, folder)), mesh)
+    setting = "use_truncation=True" if pipeline.startswith("grain") else "dataset_type=hf"
+    assert line.startswith(f"warning: {setting} cuts each document after max_target_length={LENGTH} tokens")
+    assert (
+        f"of {sum(lengths):,} tokens in a sample of {len(TRAIN)} documents {100 * share:.1f} % are never read" in line
+    )
+    [line] = coverage.report(config_of(**keys_of(pipeline, folder), max_target_length=LENGTH * 3), mesh)
+    assert not line.startswith("warning") and "none is longer" in line
+    monkeypatch.setattr(coverage, "DOCUMENTS", 8)
+    assert "a sample of 8 documents" in coverage.report(config_of(**keys_of(pipeline, folder)), mesh)[0]
+
+
+def test_a_run_that_reads_all_of_its_text_says_nothing_of_it(config_of, folder) -> None:
+    mesh = upstream.maxtext_utils.get_mesh_from_config(config_of())
+    assert coverage.report(config_of(**keys_of("grain parquet", folder), use_truncation=False), mesh) == []
+    assert coverage.report(config_of(dataset_type="synthetic"), mesh) == []
+
+
+def test_data_that_cannot_be_sampled_is_said_to_be_cut_all_the_same(config_of, folder) -> None:
+    mesh = upstream.maxtext_utils.get_mesh_from_config(config_of())
+    [line] = coverage.report(config_of(**keys_of("grain parquet", folder) | {"grain_train_files": "none"}), mesh)
+    assert line.startswith("warning: use_truncation=True cuts each document") and "%" not in line
+
+
+def test_rows_that_are_read_and_not_trained_on_are_said(config_of) -> None:
+    half = {"per_device_batch_size": 0.5, "global_batch_size_to_load": 4, "global_batch_size_to_train_on": 2}
+    [line] = coverage.report(config_of(dataset_type="synthetic", **half), None)
+    assert line.startswith(
+        "warning: per_device_batch_size=0.5: a step reads 4 rows, one for each device, and trains on 2"
+    )
 
 
 # Tokens that the model has no row for ---------------------------------------------------------------------------------

@@ -428,3 +428,6 @@ def test_a_run_that_ends_early_ends_with_an_evaluation(plain, end, tmp_path):
     assert last < STEPS - 1
     assert [row["step"] for row in result.rows("evaluation/")][-1] == last
     assert checkpoints(result.folder)[-1] == last
+    if end == "end of the data":
+        read = f"{last + 1} steps, 16 rows, {16 * 31} tokens read, 1 epoch"
+        assert f"the training data has ended before step {last + 1} of {STEPS}: {read}" in result.output

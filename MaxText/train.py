@@ -27,10 +27,10 @@ from MaxText.config import resolve
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.config.teacher import resolve_teacher
-from MaxText.console import RunError, say, waiting
+from MaxText.console import RunError, first_line, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import coverage, iterators, pipelines, tokens
+    from MaxText.data import coverage, faults, iterators, pipelines, tokens
     from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -260,7 +260,8 @@ def train(
     except upstream.exceptions.StopTraining as reason:
         profiler.deactivate()
         if upstream.is_data_failure(reason):
-            raise ConfigError(f"{data_settings(config)}: {reason}") from reason
+            what = faults.named(config, reason, ("train",)) or first_line(reason.__context__ or reason)
+            raise ConfigError(f"{data_settings(config)}: {what}") from reason
         if upstream.is_end_of_data(reason):
             logger.flush()
             schedule, start = student.learning_rate_schedule, student.start_step
@@ -334,7 +335,7 @@ def evaluate(
     assert steps.evaluate is not None
     logger.reset_eval_metrics()
     count = 0
-    batches = failures.batches(iter(student.eval_data_iterator), data_settings(config))
+    batches = failures.batches(config, iter(student.eval_data_iterator))
     for count, batch in enumerate(batches, start=1):
         batch = jax.device_put(batch, steps.eval_data_sharding)
         with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules_for_eval):

@@ -46,6 +46,7 @@ CALLS = {
     "hf_utils.save_model_files": "weight_arrays config tokenizer processor output_dir",
     "hf_utils.validate_and_filter_param_map_keys": "param_map_keys maxtext_state_keys",
     "input_pipeline_interface.create_data_iterator": "config mesh",
+    "input_pipeline_utils.ParseFeatures": "data_columns tokenize",
     "input_pipeline_utils.get_tokenizer": "tokenizer_path tokenizer_type add_bos add_eos hf_access_token",
     "max_utils.add_text_to_summary_writer": "key value summary_writer",
     "max_utils.bootstrap_transformer_engine_cgemm": "config",

@@ -13,6 +13,7 @@ import numpy as np
 
 PAD = -1  # no tokenizer gives it
 FILL = 0  # what stands there in the batch; it is never a target, and no text attends to it
+BEYOND = "the data holds token {}, beyond vocab_size={}"
 # What the pipelines fill with the id of padding where a row ends: positions and segments, too.
 FILLED = [f"{side}{part}" for side in ("inputs", "targets") for part in ("", "_position", "_segmentation")]
 
@@ -38,7 +39,7 @@ class NextTokens(grain.MapTransform):
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         largest = int(element["inputs"].max(initial=0))
         if largest >= self.vocab_size:
-            raise ValueError(f"the data holds token {largest}, beyond vocab_size={self.vocab_size}")
+            raise ValueError(BEYOND.format(largest, self.vocab_size))
         targets, begins = element["targets"], element["targets_position"] == 0
         counts = targets != self.padding
         for mark in self.marks:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from MaxText import upstream
+from MaxText.config.data import data_settings
 from MaxText.console import RunError, first_line
+from MaxText.data import faults
 
 # The addends of the loss as the metrics name them; which of them a run has depends on its step.
 TERMS = {"ce": "ce_loss", "kd": "kd_loss", "z": "z_loss", "moe": "moe_lb_loss", "mtp": "mtp_loss"}
@@ -85,12 +87,10 @@ def writing(config: Any, manager: Any) -> Iterator[None]:
         raise
 
 
-def batches(iterator: Iterator[Any], data: str) -> Iterator[Any]:
-    """What the iterator yields; that it fails, in whichever type of the pipelines' own, as RunError.
+def batches(config: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+    """What the iterator of evaluation data yields; that it fails, in whichever type of the pipelines' own, as RunError.
 
-    Args:
-      iterator: evaluation data; upstream guards training data itself.
-      data: the settings that say where it lies.
+    Upstream guards training data itself.
     """
     while True:
         try:
@@ -98,7 +98,8 @@ def batches(iterator: Iterator[Any], data: str) -> Iterator[Any]:
         except StopIteration:
             return
         except Exception as error:
-            raise RunError(f"{data}: the evaluation data could not be read ({first_line(error)})") from error
+            what = faults.named(config, error, ("eval",)) or first_line(error)
+            raise RunError(f"{data_settings(config)}: the evaluation data could not be read ({what})") from error
         yield batch
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from flax.core.spmd import logical_axis_rules
 
-from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.console import say
 from MaxText.loop import failures
@@ -61,7 +60,7 @@ def check_on_evaluation(config: Any, kd: Distillation, student: Any, steps: Any)
     iterator = student.eval_data_iterator
     if steps.evaluate is None or not hasattr(iterator, "reset"):
         return False
-    batch = next(failures.batches(iter(iterator), data_settings(config)), None)
+    batch = next(failures.batches(config, iter(iterator)), None)
     if batch is None:
         return False
     batch = jax.device_put(batch, steps.eval_data_sharding)

@@ -12,7 +12,7 @@ from flax import nnx
 from MaxText import upstream
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
-from MaxText.data import pipelines
+from MaxText.data import faults, pipelines
 
 
 @dataclasses.dataclass
@@ -79,10 +79,10 @@ def refusals_as_config_errors(config: Any) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
         passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-        about = ""
+        about = fault = ""
         if any(name.startswith("maxtext.input_pipeline") for name in passed):
-            about = f"{data_settings(config)}: "
+            about, fault = f"{data_settings(config)}: ", faults.named(config, error)
         elif str(getattr(error, "filename", "")).startswith(config.base_output_directory or "\0"):
             about = f"base_output_directory={config.base_output_directory!r}: "
-        what = str(error) or type(error).__name__
+        what = fault or str(error) or type(error).__name__
         raise ConfigError(f"{about}{what} (log_config=true shows where)") from error

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,17 +133,16 @@ def compile_steps(config: Any, kd: Distillation, student: "student_lib.Student",
     eval_data = upstream.sharding.get_input_data_sharding(config, student.mesh, rules=eval_rules)
     (train_step, train_arguments), (evaluate, eval_arguments) = jit_steps(config, kd, student, teacher, data, eval_data)
 
-    options = upstream.max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags)
     # Profile-guided compilation compiles by itself, later; a step that was loaded from a file is compiled.
     if not jax.config.jax_enable_pgle and not config.compiled_trainstep_file:
         with jax.set_mesh(student.mesh), logical_axis_rules(rules):
             batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=data)
             upstream.maxtext_utils.maybe_dump_jaxpr(config, train_step, (student.state, *train_arguments, batch))
-            train_step.lower(student.state, *train_arguments, batch).compile(compiler_options=options)
+            compiled(config, train_step.lower(student.state, *train_arguments, batch))
         if evaluate is not None:
             with jax.set_mesh(student.mesh), logical_axis_rules(eval_rules):
                 batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=eval_data, is_eval=True)
-                evaluate.lower(student.state, *eval_arguments, batch).compile(compiler_options=options)
+                compiled(config, evaluate.lower(student.state, *eval_arguments, batch))
 
     return Steps(
         train=lambda state, batch: train_step(state, *train_arguments, batch),
@@ -161,48 +161,49 @@ def jit_steps(
 
     The states may be shapes without values: nothing is computed (train_compile.py).
     """
-    plain_train, plain_eval = upstream.train_utils.jit_train_and_eval_step(
-        config,
-        student.graphdef,
-        student.mesh,
-        student.state,
-        student.state_shardings,
-        upstream.pre_train.train_step,
-        upstream.pre_train.eval_step,
-        student.eval_data_iterator,
-        student.params_shardings,
-    )
-    eval_graphdef = upstream.pre_train.build_eval_graphdef(config, student.graphdef, student.state)
-    if plain_eval is not None and eval_graphdef is not None:
-        shardings, eval_step = student.state_shardings, upstream.pre_train.eval_step
-        plain_eval = upstream.train_utils.jit_eval_step(config, eval_graphdef, shardings, eval_data, eval_step)
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(config))
+    plain_train, plain_eval = upstream.plain_steps(config, student, data, eval_data, jit)
     train_step: Jitted = plain_train, ()
     evaluate: Jitted = plain_eval, ()
     if kd.use_kd:
         graphdef = heads.ends_in_hidden_states(student.graphdef, student.state)
         models = step.Models(config, graphdef, teacher.config, teacher.graphdef, kd, student.mesh)
+        given = student.state_shardings, teacher.shardings
         if kd.teacher_in_step:
-            train_step = jit_train_step(models, student, teacher, data), (teacher.state,)
+            function = named(step.train_step, models, student.params_shardings)
+            returned = student.state_shardings, None
+            jitted = jit(function, in_shardings=(*given, data), out_shardings=returned, donate_argnums=0)
+            train_step = jitted, (teacher.state,)
         if student.eval_data_iterator:
-            evaluate = jit_eval_step(models, student, teacher, eval_data), (teacher.state,)
+            graphdef = upstream.pre_train.build_eval_graphdef(config, graphdef, student.state) or graphdef
+            function = named(step.eval_step, dataclasses.replace(models, student=graphdef))
+            evaluate = jit(function, in_shardings=(*given, eval_data)), (teacher.state,)
     return train_step, evaluate
 
 
-def jit_train_step(models: "step.Models", student: "student_lib.Student", teacher: Any, data_sharding: Any) -> Any:
-    return jax.jit(
-        functools.partial(step.train_step, models, student.params_shardings),
-        in_shardings=(student.state_shardings, teacher.shardings, data_sharding),
-        out_shardings=(student.state_shardings, None),
-        donate_argnums=0,
-    )
+def named(function: Callable, *arguments: Any) -> Callable:
+    """The function with its first arguments bound, under its name in profiles and XLA's dumps."""
+    bound: Any = functools.partial(function, *arguments)
+    bound.__name__ = function.__name__
+    return bound
 
 
-def jit_eval_step(models: "step.Models", student: "student_lib.Student", teacher: Any, data_sharding: Any) -> Any:
-    graphdef = upstream.pre_train.build_eval_graphdef(models.config, models.student, student.state)
-    return jax.jit(
-        functools.partial(step.eval_step, dataclasses.replace(models, student=graphdef or models.student)),
-        in_shardings=(student.state_shardings, teacher.shardings, data_sharding),
-    )
+def compiler_options(config: Any) -> dict[str, str] | None:
+    """compile_xla_flags as jax.jit takes them: then the program that is compiled ahead is the one that runs."""
+    try:
+        return upstream.max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags) or None
+    except ValueError as error:
+        raise ConfigError(f"compile_xla_flags={config.compile_xla_flags!r}: {error}") from error
+
+
+def compiled(config: Any, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program, with the options that its step was jitted with."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if config.compile_xla_flags and re.match("INVALID_ARGUMENT.*option", str(error)):
+            raise ConfigError(f"compile_xla_flags={config.compile_xla_flags!r}: {error}") from error
+        raise
 
 
 NO_TIME = datetime.timedelta(0)  # the logger takes the time of a step itself, when it is complete

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     cost = Cost(chip_of(mesh), mesh.size, model_flops(config, teacher_config if kd.teacher_in_step else None))
     try:
         with waiting("compiling"):
-            cost.read(compile_step(config, trace(config, kd, student, teacher)))
+            cost.read(train_lib.compiled(config, trace(config, kd, student, teacher).lower()))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -174,11 +174,6 @@ def trace(config: Any, kd: Distillation, student: "student_lib.Student", teacher
     with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules):
         batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=data)
         return train_step.trace(student.state, *arguments, batch)
-
-
-def compile_step(config: Any, traced: Any) -> Any:
-    options = upstream.max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags)
-    return traced.lower().compile(compiler_options=options)
 
 
 def refusal(message: str) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -283,6 +283,35 @@ def is_termination(reason: Exception) -> bool:
 def save_is_due(manager: Any, config: Any, step: int) -> bool:
     """Whether `maybe_save_checkpoint` would save this step. All hosts ask, or none."""
     return checkpointing._should_save_checkpoint_at_step(manager, step, config, False)
+
+
+def plain_steps(config: Any, student: Any, data: Any, eval_data: Any, jit: Callable) -> tuple[Any, Any]:
+    """The engine's own steps for training and evaluation, jitted as its `jit_train_and_eval_step` does, by our `jit`.
+
+    Args:
+      student: the student's graph, state, shardings and mesh (models/student.py).
+      data, eval_data: how their batches are laid out.
+      jit: jax.jit, with what the run has to say to the compiler.
+    """
+    graphdef, shardings = student.graphdef, student.state_shardings
+    if config.compiled_trainstep_file:
+        arguments = (graphdef, student.state, shardings, data, pre_train.train_step, student.params_shardings)
+        return train_utils.jit_train_step(config, *arguments, mesh=student.mesh), None
+
+    def jitted(function: Any, given: Any, returned: Any, static: Any, donated: Any) -> Any:
+        places = {"in_shardings": given, "out_shardings": returned}
+        return jit(function, **places, static_argnums=static, donate_argnums=donated)
+
+    train_step = maxtext_utils.get_functional_train_with_signature(
+        pre_train.train_step, data, shardings, graphdef, config, student.params_shardings
+    )
+    if not student.eval_data_iterator:
+        return jitted(*train_step), None
+    eval_graphdef = pre_train.build_eval_graphdef(config, graphdef, student.state) or graphdef
+    eval_step = maxtext_utils.get_functional_eval_with_signature(
+        pre_train.eval_step, eval_data, shardings, eval_graphdef, config
+    )
+    return jitted(*train_step), jitted(*eval_step)
 
 
 def dump_hlo_once(config: Any, start_step: int, step: int, state: Any) -> None:

@@ -61,6 +61,10 @@ CALLS = {
     "maxtext_utils.calculate_tokens_training_per_device": "config",
     "maxtext_utils.collect_intermediates_by_suffix": "intermediate_outputs *suffix_keys",
     "maxtext_utils.get_abstract_state": "config mesh init_state_fn is_training",
+    "maxtext_utils.get_functional_eval_with_signature": "eval_step data_sharding state_mesh_shardings model config",
+    "maxtext_utils.get_functional_train_with_signature": (
+        "train_step data_sharding state_mesh_shardings model config params_shardings"
+    ),
     "maxtext_utils.get_mesh_from_config": "config devices",
     "maxtext_utils.get_shaped_batch": "config | batch_sharding is_eval",
     "maxtext_utils.maybe_dump_jaxpr": "config p_train_step train_step_inputs",
@@ -108,9 +112,8 @@ CALLS = {
     "train_state_nnx.TrainStateNNX.__init__": "self model optimizer",
     "train_state_nnx.TrainStateNNX.apply_gradients": "self grads | **kwargs",
     "train_utils.create_training_optimizer": "config model | mesh",
-    "train_utils.jit_eval_step": "config model state_mesh_shardings data_sharding eval_step",
-    "train_utils.jit_train_and_eval_step": (
-        "config model mesh state state_mesh_shardings train_step eval_step eval_data_iterator params_shardings"
+    "train_utils.jit_train_step": (
+        "config model state state_mesh_shardings data_sharding train_step params_shardings | mesh"
     ),
     "train_utils.maybe_apply_dcn_throttling": "config",
     "train_utils.maybe_cleanup_dcn_throttling": "config",
@@ -184,6 +187,13 @@ SOURCES = {
     "gradient_accumulation.gradient_accumulation_loss_and_grad": [
         *(f'aux["{key}"]' for key in ("xent_sum", "total_weights", "moe_lb_loss", "indexer_loss", "mtp_loss")),
         "is_train=True", "jnp.sum(x, axis=0)",
+    ],
+    # Both say how their function is jitted, in this order.
+    "maxtext_utils.get_functional_eval_with_signature": [
+        "return functional_eval, in_shardings, out_shardings, static_argnums, donate_argnums",
+    ],
+    "maxtext_utils.get_functional_train_with_signature": [
+        "return functional_train, in_shardings, out_shardings, static_argnums, donate_argnums",
     ],
     # The logger's buffer holds (kind, step, metrics, time).
     "metric_logger.MetricLogger.buffer_and_write_metrics": [

@@ -40,7 +40,7 @@ def abstract(**keys):
 
 def compiled(**keys):
     run, student, teacher = abstract(**keys)
-    return train_compile.compile_step(run.student, train_compile.trace(run.student, run.kd, student, teacher)), teacher
+    return train_compile.trace(run.student, run.kd, student, teacher).lower().compile(), teacher
 
 
 def parameter_bytes(teacher) -> int:

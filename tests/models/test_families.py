@@ -167,7 +167,7 @@ class Specimen:
         """Metrics of three steps on one batch: student and teacher are equal in the first, and then no more."""
         lab, config = self.lab, self.lab.run.student
         sharding = upstream.sharding.get_input_data_sharding(config, lab.student.mesh, rules=config.logical_axis_rules)
-        jitted = train.jit_train_step(lab.models, lab.student, lab.teacher, sharding)
+        (jitted, _), _ = train.jit_steps(config, lab.run.kd, lab.student, lab.teacher, sharding, None)
         state = jax.tree.map(jax.numpy.copy, lab.student.state)  # a step donates what it is given
         train_step = self.compiled(jitted, state, lab.teacher.state, self.batch)
         rows = []

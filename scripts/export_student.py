@@ -4,8 +4,9 @@
     python scripts/export_student.py --run gs://bucket/runs/student --output exported my_student.yml key=value ...
 
 The second form takes what the training command took, for a student whose shape is in its yml or on its command line.
-The folder has config.json, safetensors, and the tokenizer where its files are at hand. No accelerator and no torch are
-needed; arrays are read one by one, and all tensors are in memory until written. The folder appears when it is whole.
+The folder has config.json for transformers 4 and 5, safetensors, and where the tokenizer's files are at hand these and
+generation_config.json. No accelerator and no torch are needed; arrays are read one by one, and all tensors are in
+memory until written. The folder appears when it is whole.
 Left out on purpose: the optimizer's state, layers for multi-token prediction, and uploads to the hub.
 """
 
@@ -49,7 +50,10 @@ def main(argv: list[str]) -> None:
     size = f"{student.parameters:,} parameters in {arguments.dtype}{step}"
     print(f"{student.architecture}, {size}, {student.positions} positions: {output}")
     if not student.has_tokenizer:
-        print(f"without a tokenizer: {student.tokenizer or 'tokenizer_path'} is not here; --tokenizer names one")
+        print(
+            f"without a tokenizer: {student.tokenizer or 'tokenizer_path'} is not here; --tokenizer names one, and "
+            "config.json then the tokens that begin and end a text"
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ CALLS = {
     "hf_utils.process_maxtext_param": (
         "maxtext_param_key maxtext_param_weight param_map hook_fn_map hf_shape_map maxtext_config"
     ),
-    "hf_utils.save_model_files": "weight_arrays config tokenizer processor output_dir",
+    "hf_utils.save_weight_files": "shards index local_dir_to_save_to output_dir_final",
+    "hf_utils.shard_checkpoint": "weights_dict",
     "hf_utils.validate_and_filter_param_map_keys": "param_map_keys maxtext_state_keys",
     "input_pipeline_interface.create_data_iterator": "config mesh",
     "input_pipeline_utils.ParseFeatures": "data_columns tokenize",
@@ -136,6 +137,7 @@ NAMES = [
     "goodput.RECORD_JOB_START_TIME",
     "hf_model_configs.HF_MODEL_CONFIGS",
     "hf_shape.HF_SHAPE",
+    "hf_utils.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "max_utils.maybe_initialize_jax_distributed_system.__code__",
     "metric_logger.MetadataKey.PER_DEVICE_TFLOPS",
     "metric_logger.MetadataKey.PER_DEVICE_TOKENS",

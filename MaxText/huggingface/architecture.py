@@ -9,9 +9,10 @@ from etils import epy
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
 
+from MaxText import upstream
 from MaxText.config.keys import ConfigError
 from MaxText.huggingface.families import FAMILIES, GROUPS, family_of, gemma3_scalar, head_dim, layer_types
-from MaxText.huggingface.rotary import LLAMA31, YARN, interleaved, rotary
+from MaxText.huggingface.rotary import LLAMA31, YARN, interleaved, older_names, rotary
 
 # MaxText's keys that change what a decoder computes but none of its arrays -> as they are in Hugging Face's models.
 UNSAID = {
@@ -83,8 +84,11 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
         settings["q_lora_rank"] = settings["q_lora_rank"] or None
         settings |= {name: 1 for key, name in GROUPS.items() if settings.get(name) == -1}
         if config.rope_factor != 1:
-            scaled = {name: getattr(config, key) for key, (name, _) in YARN.items()}
-            settings["rope_parameters"] |= scaled | {"rope_type": "yarn", "mscale": config.mscale}
+            # transformers 4 warns of a factor or a beta that is a whole number
+            scaled: dict[str, Any] = {name: float(getattr(config, key)) for key, (name, _) in YARN.items()}
+            scaled |= {"rope_type": "yarn", "mscale": config.mscale}
+            scaled["original_max_position_embeddings"] = config.original_max_position_embeddings
+            settings["rope_parameters"] |= scaled
             settings["max_position_embeddings"] = config.max_position_embeddings
     else:
         settings["head_dim"] = config.head_dim
@@ -93,9 +97,9 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
         settings["query_pre_attn_scalar"] = config.head_dim
     if block == "gemma3":
         settings["query_pre_attn_scalar"] = gemma3_scalar(config.model_name, settings)
-        scaled = {"rope_type": "linear", "factor": config.rope_linear_scaling_factor}
+        linear = {"rope_type": "linear", "factor": config.rope_linear_scaling_factor}
         settings["rope_parameters"] = {
-            "full_attention": settings["rope_parameters"] | (scaled if scaled["factor"] != 1 else {}),
+            "full_attention": settings["rope_parameters"] | (linear if linear["factor"] != 1 else {}),
             "sliding_attention": {"rope_type": "default", "rope_theta": float(config.local_rope_max_timescale)},
         }
     if family.pattern:
@@ -106,7 +110,18 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
         settings["rope_parameters"] |= LLAMA31
     made = transformers.AutoConfig.for_model(model_type, **settings)
     check_same(config, architecture(made))
+    made.architectures = [upstream.hf_utils.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     return made
+
+
+def spelled(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """config.json for transformers 5, with what 4 calls otherwise by those names too, and no default left out.
+
+    Defaults are not the same in each release. Where 5 finds both names it reads what is written here.
+    """
+    written = config.to_diff_dict() | older_names(config.rope_parameters)
+    written |= {name: getattr(config, name) for name in config.attribute_map}
+    return written | {"torch_dtype": written["dtype"]}
 
 
 def held(config: Any, key: str) -> Any:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
 from MaxText.console import RunError, first_line
-from MaxText.huggingface import presets, shapes, source, tensors, weights
+from MaxText.huggingface import presets, shapes, source, tensors, tokenizer, weights
 from MaxText.huggingface.stacked_arrays import Pending, Shape, Stacked, stored_by_piece, written_by_piece
 
 with epy.lazy_imports():
@@ -88,7 +88,7 @@ def convert(
     record |= {"scan_layers": config.scan_layers, "files": source.source_files(folder)}
     try:
         written = begin(output, record)
-        source.copy_tokenizer(folder, output / "tokenizer")
+        tokenizer.copy_files(epath.Path(folder), output / "tokenizer")
         save(output, arrays, written, config, console)
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # tensorstore's are of the second kind
         reason = first_line(error)

@@ -7,6 +7,7 @@ layers for multi-token prediction, and uploads to the hub.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.console import RunError, first_line
-from MaxText.huggingface import shapes, source, weights
-from MaxText.huggingface.architecture import configuration
+from MaxText.huggingface import shapes, weights
+from MaxText.huggingface import tokenizer as tokenizer_lib
+from MaxText.huggingface.architecture import configuration, spelled
 from MaxText.models import teacher
 
 with epy.lazy_imports():
@@ -79,6 +81,7 @@ def export(
       ConfigError: no student of these settings is in the run, or Hugging Face has none like it.
       RunError: the folder could not be written.
     """
+    upstream.set_verbose(False)  # orbax would tell how it finds its way in the checkpoint
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
     if tokenizer and not epath.Path(tokenizer).exists():
@@ -89,25 +92,47 @@ def export(
     places = stored_arrays(run, config, checkpoint)
     hf_config.dtype = dtype
     tokenizer = tokenizer or config.tokenizer_path
+    copied = bool(tokenizer) and epath.Path(tokenizer).exists()
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        made: dict[str, np.ndarray] = {}
+        describe(hf_config, tokenizer if copied else "", unfinished)
         parts = tensors(config, hf_config, checkpoint, places, dtype)
         quiet = not console.is_terminal
+        made: dict[str, np.ndarray] = {}
         for part in track(parts, "exporting", len(places), console=console, disable=quiet, transient=True):
             made |= part
         count = sum(value.size for value in made.values())
         with upstream.silence():
-            upstream.hf_utils.save_model_files(made, hf_config, None, None, str(unfinished))
-        copied = bool(tokenizer) and copy_tokenizer(tokenizer, unfinished)
+            files, index = upstream.hf_utils.shard_checkpoint(made)
+            upstream.hf_utils.save_weight_files(files, index, str(unfinished), str(unfinished))
         output.mkdir(exist_ok=True)
         unfinished.replace(output)
+    except ConfigError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(f"{output}: cannot be written ({first_line(error)})") from error
     architecture, positions = hf_config.architectures[0], hf_config.max_position_embeddings
     return Student(architecture, count, checkpoint.step, positions, tokenizer, copied)
+
+
+def describe(hf_config: Any, tokenizer: str, folder: pathlib.Path) -> None:
+    """Writes config.json, and with a tokenizer ("": none) its files and generation_config.json.
+
+    Without one config.json names no token that begins or ends a text: the class's own would be another tokenizer's.
+    """
+
+    def write(name: str, values: dict[str, Any]) -> None:
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    write("config.json", spelled(hf_config) | tokens)
+    if tokenizer:
+        tokens = tokenizer_lib.copy_beside(tokenizer, epath.Path(folder))
+        write("config.json", spelled(hf_config) | tokens)
+        write(tokenizer_lib.GENERATION, tokenizer_lib.generation_config(epath.Path(folder), tokens))
 
 
 def student_config(settings: list[str], model_name: str, checkpoint: teacher.Checkpoint) -> Any:
@@ -124,7 +149,8 @@ def student_config(settings: list[str], model_name: str, checkpoint: teacher.Che
     keys = [argument for argument in settings if argument.split("=")[0] not in fixed]
     argv = ["export_student.py", *keys, *(f"{key}={value}" for key, value in fixed.items())]
     config = resolve.initialize(argv).student
-    if config.model_name == "default":
+    described = any(key.endswith((".yml", ".yaml")) or key.startswith("decoder_block=") for key in settings)
+    if config.model_name == "default" and not described:
         raise ConfigError("--model-name: which preset is the student? (or the training command's settings)")
     return config
 
@@ -200,16 +226,3 @@ def tensors(
         with upstream.silence():
             made = upstream.hf_utils.process_maxtext_param(key, array, found.names, found.hooks, found.shapes, config)
         yield {weights.spellings(name)[-1]: value.astype(kind) for name, value in made}
-
-
-def copy_tokenizer(path: str, folder: pathlib.Path) -> bool:
-    """Copies a tokenizer's folder, or its SentencePiece model, beside the student; False where there is none."""
-    given = epath.Path(path)
-    if given.is_dir():
-        for pattern in source.TOKENIZER:
-            for file in given.glob(pattern):
-                if file.name != "config.json":  # the student's own
-                    (folder / file.name).write_bytes(file.read_bytes())
-    elif given.is_file():
-        (folder / ("tokenizer.model" if given.suffix == ".model" else given.name)).write_bytes(given.read_bytes())
-    return given.exists()

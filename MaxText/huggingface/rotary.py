@@ -63,6 +63,14 @@ def plainly(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if redundant.get(name) != value} | {"rope_type": kind}
 
 
+def older_names(given: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads instead of `rope_parameters`."""
+    if "full_attention" in given:
+        return older_names(given["full_attention"]) | {"rope_local_base_freq": given["sliding_attention"]["rope_theta"]}
+    scaling = {name: value for name, value in given.items() if name != "rope_theta"}
+    return {"rope_theta": given["rope_theta"], "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
 def timescale(given: dict[str, Any]) -> int:
     theta = given["rope_theta"]
     if not isinstance(theta, int | float) or not float(theta).is_integer():

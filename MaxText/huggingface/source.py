@@ -1,21 +1,20 @@
-"""A Hugging Face model's folder: fetched, its configuration read, its tokenizer's files copied."""
+"""A Hugging Face model's folder: fetched, its configuration read."""
 
 from __future__ import annotations
 
 import pathlib
 
 import huggingface_hub
-from etils import epath, epy
+from etils import epy
 
 from MaxText.config.keys import ConfigError
 from MaxText.console import first_line
+from MaxText.huggingface import tokenizer
 
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
 
 WEIGHTS = "*.safetensors"
-TOKENIZER = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-             "vocab.*", "merges.txt", "*.model", "chat_template*")  # fmt: skip
 
 
 def fetch(hf: str) -> pathlib.Path:
@@ -26,7 +25,7 @@ def fetch(hf: str) -> pathlib.Path:
     if hf.count("/") > 1 or hf.startswith((".", "~", "/")) or folder.exists():
         raise ConfigError(f"--hf {hf!r}: no such folder")
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(hf, allow_patterns=[WEIGHTS, "*.json", *TOKENIZER]))
+        return pathlib.Path(huggingface_hub.snapshot_download(hf, allow_patterns=[WEIGHTS, "*.json", *tokenizer.FILES]))
     except Exception as error:  # of the hub's own kinds, of its connection's, of the disk's
         reason = first_line(error)
         raise ConfigError(
@@ -48,11 +47,3 @@ def source_files(folder: pathlib.Path) -> dict[str, list[int]]:
     """Name -> size and time of change of the model's files: an interrupted conversion goes on with the same alone."""
     stats = {path.name: path.stat() for pattern in (WEIGHTS, "*.json") for path in sorted(folder.glob(pattern))}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-
-def copy_tokenizer(folder: pathlib.Path, target: epath.Path) -> None:
-    target.mkdir(exist_ok=True)
-    for pattern in TOKENIZER:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                (target / file.name).write_bytes(file.read_bytes())

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import absl.logging
 import convert_teacher
 import export_student
 import jax
@@ -350,12 +351,43 @@ def test_a_teacher_exported_again_is_the_original_bit_for_bit(name, teachers, tm
     assert exported.keys() == original.keys()
     loaded = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert loaded.architectures == config["architectures"]
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (None, None)  # no tokenizer is at hand that would tell
     for tensor, value in original.items():
         if name == "gemma2" and "q_proj" in tensor:  # its configuration divides by sqrt(head_dim) instead
             np.testing.assert_allclose(exported[tensor], value.astype(np.float32) * math.sqrt(24 / 20), rtol=2**-8)
         else:
             assert exported[tensor].dtype == value.dtype, tensor
             np.testing.assert_array_equal(exported[tensor].view(np.uint16), value.view(np.uint16), err_msg=tensor)
+
+
+def test_a_student_without_a_preset_is_exported_by_its_decoder_block_and_with_its_tokenizers_ends(
+    teachers, tmp_path, capfd, caplog
+):
+    """As a server reads it: what ends a text is the tokenizer's, not the class's. The command says one line."""
+    settings = architecture(transformers.AutoConfig.for_model(**golden.read("llama3")[0])) | {"decoder_block": "llama2"}
+    (tmp_path / "student.yml").write_text(json.dumps(settings))
+    tokenizer = pathlib.Path(upstream.globals.MAXTEXT_PKG_DIR) / "assets/tokenizers/tokenizer.gemma"
+    run, out = str(teachers("llama3")), tmp_path / "out"
+    absl.logging.set_verbosity(absl.logging.WARNING)  # as a command begins
+    capfd.readouterr()
+    caplog.clear()
+    options = ["--dtype", "bfloat16", "--tokenizer", str(tokenizer)]
+    export_student.main(["--run", run, "--output", str(out), *options, str(tmp_path / "student.yml")])
+    said = capfd.readouterr()
+    assert (
+        said.err == ""
+        and not caplog.records
+        and said.out.splitlines()
+        == [f"LlamaForCausalLM, 85,584 parameters in bfloat16 of step 0, 2048 positions: {out}"]
+    )
+    original = load_file(teachers("llama3").with_name("llama3_hf") / "model.safetensors")
+    exported = load_file(out / "model.safetensors")
+    assert exported.keys() == original.keys()
+    for tensor, value in original.items():
+        np.testing.assert_array_equal(exported[tensor].view(np.uint16), value.view(np.uint16), err_msg=tensor)
+    written, served = (json.loads((out / f"{name}config.json").read_text()) for name in ("", "generation_"))
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    assert written["model_type"] == "llama" and ends.items() <= written.items() and served == ends
 
 
 def test_a_trained_student_is_exported_as_it_was_saved(train, base):

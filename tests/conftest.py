@@ -1,13 +1,19 @@
 """Runs of the trainer that tests share: `python MaxText/train.py configs/smoke.yml key=value ...`, as typed.
 
-The engine takes some fifteen seconds to import. A server imports it once, before any device is touched, and each run
-is a fork of it: a process of its own, with arguments, environment and exit status of its own. What one process
-compiles the others need not: they share a cache. Unless XLA_FLAGS says otherwise, LLVM does not optimise: programs are
-small, and few run often enough to win back what that takes. (`make test-fast` has it optimise, as users do.)
+A run on one device is a call of the trainer in the test's own process, whose imports and small compiled programs serve
+the next run too: it costs half of what a process does. Where the process itself is the matter (exit status, everything
+that is written, signals, several devices) a run is one of its own. The engine takes some ten seconds to import, so a
+server imports it once, before any device is touched, and each such process is a fork of it, with arguments,
+environment and exit status of its own. What one process compiles the others need not: they share a cache. Unless
+XLA_FLAGS says otherwise, LLVM does not optimise: programs are small, and few run often enough to win back what that
+takes. (`make test-fast` has it optimise, as users do.)
 """
 
 import atexit
 import contextlib
+import fcntl
+import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -21,17 +27,25 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import absl.flags
 import pytest
 from voice import unknown_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs/smoke.yml")
+TRAIN = ("MaxText/train.py",)
+WITHOUT_LIBTPU = not getattr(importlib.util.find_spec("libtpu"), "origin", None)
 
 Rows = list[dict[str, Any]]
 RUN = itertools.count()
 
 # Before jax reads them. Test workers have their parent's.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+QUICK = {
+    "backend_optimization_level": 0,
+    "llvm_disable_expensive_passes": "true",
+    "cpu_parallel_codegen_split_count": 1,
+}
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}={value}" for flag, value in QUICK.items()))
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -70,14 +84,20 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-def run_here(program: list[str], arguments: list[str], output: str, variables: dict[str, str]) -> None:
-    """Is `python <program> <arguments>` in a process that has just been forked."""
+def begin(output: str, variables: dict[str, str]) -> None:
+    """What a shell does for a process before it runs."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(variables)
     os.chdir(ROOT)
+
+
+def run_here(program: list[str], arguments: list[str], output: str, variables: dict[str, str]) -> None:
+    """Is `python <program> <arguments>` in a process that has just been forked."""
+    begin(output, variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    sys.modules.pop("pytest", None)  # where it is imported, MaxText joins no cluster
     sys.argv = [program[-1], *arguments]
     try:
         if program[0] == "-m":
@@ -89,18 +109,25 @@ def run_here(program: list[str], arguments: list[str], output: str, variables: d
 
 
 @contextlib.contextmanager
-def started(program: list[str], arguments: list[str], output: pathlib.Path, devices: int = 1) -> Iterator[Any]:
-    """A program under way, which is killed if it is still there at the end: a script, or `-m` and a module."""
-    assert len(program) == 1 or (len(program) == 2 and program[0] == "-m"), program
+def forked(target: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """A process with the engine in it, which is killed if it is still there at the end."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(ENGINE)
-    process = server.Process(target=run_here, args=(program, arguments, str(output), environment(devices)))
+    process = server.Process(target=target, args=arguments)
     process.start()
     try:
         yield process
     finally:
         process.kill()
         process.join()
+
+
+@contextlib.contextmanager
+def started(program: list[str], arguments: list[str], output: pathlib.Path, devices: int = 1) -> Iterator[Any]:
+    """A program under way: a script, or `-m` and a module."""
+    assert len(program) == 1 or (len(program) == 2 and program[0] == "-m"), program
+    with forked(run_here, (program, arguments, str(output), environment(devices))) as process:
+        yield process
 
 
 def execute(program: list[str], arguments: list[str], folder: pathlib.Path, devices: int = 1) -> Result:
@@ -112,17 +139,75 @@ def execute(program: list[str], arguments: list[str], folder: pathlib.Path, devi
         return Result(process.exitcode, output.read_text(), folder)
 
 
+def call_here(function: Callable[..., None], arguments: Any, output: str, variables: dict[str, str]) -> None:
+    """Is a call of `function` in a process that has just been forked."""
+    begin(output, variables)
+    function(*arguments)
+
+
+def call_apart(function: Callable[..., None], *arguments: Any, devices: int, folder: pathlib.Path) -> None:
+    """Calls a function of a module, which must return, in a process that sees so many devices."""
+    output = folder / f"output{next(RUN)}.txt"
+    with forked(call_here, (function, arguments, str(output), environment(devices))) as process:
+        process.join(600)
+        assert process.exitcode == 0, output.read_text()[-4000:]
+
+
+def run_in_this_process(arguments: list[str], folder: pathlib.Path) -> Result:
+    """`train.main` with these arguments; what it raises is the test's to see."""
+    for module in ENGINE:  # which greet, once
+        importlib.import_module(module)
+    if not absl.flags.FLAGS.is_parsed():  # as app.run does; grain looks
+        absl.flags.FLAGS(["train.py"])
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        sys.modules["MaxText.train"].main(["train.py", *arguments])
+    return Result(0, output.getvalue(), folder)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """once(name, make): the folder that make(folder) has filled, for the first of a session's workers that wants it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[pathlib.Path], Any]) -> pathlib.Path:
+        folder, whole = shared / name, shared / f"{name}.made"
+        with locked(shared / f"{name}.lock"):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """While no other process is in it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """train(name, key=value, ..., devices=1, program=ours): a run that must succeed, in a folder of its own."""
+    """train(name, key=value, ..., devices=1, program=None): a run that must succeed, in a folder of its own.
+
+    It is called in this process unless it asks for devices or names a program, which get one of their own.
+    """
     base = tmp_path_factory.mktemp("runs")
 
-    def run(name: str, devices: int = 1, program: tuple[str, ...] = ("MaxText/train.py",), **keys: Any) -> Result:
+    def run(name: str, devices: int = 1, program: tuple[str, ...] | None = None, **keys: Any) -> Result:
         keys = {"run_name": name, "base_output_directory": base} | keys
-        arguments = [SMOKE, *(f"{key}={value}" for key, value in keys.items())]
-        result = execute(list(program), arguments, base / name, devices)
+        arguments, folder = [SMOKE, *(f"{key}={value}" for key, value in keys.items())], base / name
+        if devices == 1 and program is None:
+            result = run_in_this_process(arguments, folder)
+        else:
+            result = execute(list(program or TRAIN), arguments, folder, devices)
         assert result.status == 0, result.output[-4000:]
-        if program == ("MaxText/train.py",) and "log_config" not in keys:
+        if program in (None, TRAIN) and "log_config" not in keys:
             assert not unknown_lines(result.output), result.output
         return result
 
@@ -130,6 +215,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def teacher(train: Callable[..., Result]) -> str:
+def teacher(train: Callable[..., Result], once: Callable[..., pathlib.Path]) -> str:
     """The `checkpoints` folder of a trained tiny teacher."""
-    return str(train("teacher", init_weights_seed=7).folder / "checkpoints")
+    runs = once("runs", lambda folder: train("teacher", init_weights_seed=7, base_output_directory=folder))
+    return str(runs / "teacher/checkpoints")

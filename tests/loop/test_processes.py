@@ -1,58 +1,46 @@
 """Several processes train as one: connected on loopback, each with devices of its own."""
 
 import contextlib
-import multiprocessing
+import pathlib
 import socket
-import sys
+import tempfile
 import time
 
 import numpy as np
 import pytest
 import token_rows
-from conftest import ENGINE, SMOKE, Result, environment, run_here
+from conftest import SMOKE, TRAIN, Result, environment, forked, locked, run_here
 
 pytestmark = pytest.mark.e2e
 
 COORDINATOR_PORT = 1234  # MaxText's, on CPUs; no setting changes it
 
 
-def run_as_a_program(*arguments):
-    """`run_here`, without the trace of pytest at which MaxText leaves processes unconnected."""
-    sys.modules.pop("pytest", None)
-    run_here(*arguments)
-
-
 def two_processes(folder, *arguments):
     """The trainer as two processes of two devices each, as a launcher of MaxText on CPUs starts them."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(ENGINE)
     job = {"JAX_COORDINATOR_ADDRESS": "localhost", "JAX_PROCESS_COUNT": "2", "PROCESSES_IN_JOB": "2", "JOB_INDEX": "0"}
     command = [SMOKE, f"base_output_directory={folder}", "skip_jax_distributed_system=false", *arguments]
     outputs = [folder / f"process{index}.txt" for index in range(2)]
-    processes = []
-    for index, output in enumerate(outputs):
-        variables = environment(devices=2) | job | {"JOB_COMPLETION_INDEX": str(index)}
-        program = ["MaxText/train.py"]
-        processes.append(server.Process(target=run_as_a_program, args=(program, command, str(output), variables)))
-    wait_for_port(COORDINATOR_PORT)
-    try:
-        for process in processes:
-            process.start()
+    with contextlib.ExitStack() as stack:
+        # All workers of all sessions on this machine have one port to share.
+        stack.enter_context(locked(pathlib.Path(tempfile.gettempdir(), f"port{COORDINATOR_PORT}.lock")))
+        wait_for_port(COORDINATOR_PORT)
+        processes = []
+        for index, output in enumerate(outputs):
+            variables = environment(devices=2) | job | {"JOB_COMPLETION_INDEX": str(index)}
+            started = forked(run_here, (list(TRAIN), command, str(output), variables))
+            processes.append(stack.enter_context(started))
         for process in processes:
             process.join(300)
         statuses = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
     texts = [output.read_text() for output in outputs]
     assert statuses == [0, 0], "\n".join(text[-3000:] for text in texts)
     return texts
 
 
 def wait_for_port(port):
-    """Until no other run on this machine coordinates at `port`."""
+    """Until what else coordinates at `port` on this machine has left."""
     for _ in range(60):
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return
@@ -60,21 +48,41 @@ def wait_for_port(port):
     pytest.skip(f"port {port} is taken by another program")
 
 
-def test_two_processes_train_as_one_and_leave_one_checkpoint_and_one_metrics_file(train, teacher, tmp_path):
+@pytest.fixture(scope="module")
+def keys(teacher):
     keys = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "per_device_batch_size": 1}
-    keys |= {"eval_interval": 3, "eval_steps": 1, "checkpoint_period": 2, "learning_rate_schedule_steps": 6}
-    one = train("one_process", devices=4, **keys)
-    arguments = [f"{key}={value}" for key, value in keys.items()]
-    first, second = two_processes(tmp_path, *arguments, "run_name=both", "steps=4")
-    assert "step 3" in first and "step " not in second
-    assert (tmp_path / "both/checkpoints/3/items").exists()
-    resumed, _ = two_processes(tmp_path, *arguments, "run_name=both")
-    assert "(resumed)" in resumed
-    both = Result(0, resumed, tmp_path / "both")
+    return keys | {"checkpoint_period": 2, "learning_rate_schedule_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def one(train, keys):
+    """The same batches on one device."""
+    return train("one_process", **keys | {"per_device_batch_size": 4})
+
+
+def assert_same_run(both, one):
     assert [row["step"] for row in both.rows()] == list(range(6))
     for name in ("loss", "kd_loss", "ce_loss", "raw_grad_norm", "total_weights"):
         np.testing.assert_allclose(both.column(f"learning/{name}"), one.column(f"learning/{name}"), rtol=5e-4)
-    assert sorted(path.name for path in (tmp_path / "both").glob("*.jsonl")) == ["metrics.jsonl"]
+    assert sorted(path.name for path in both.folder.glob("*.jsonl")) == ["metrics.jsonl"]
+
+
+def test_two_processes_train_as_one_and_leave_one_checkpoint_and_one_metrics_file(keys, one, tmp_path):
+    first, second = two_processes(tmp_path, *(f"{key}={value}" for key, value in keys.items()), "run_name=both")
+    assert "step 5" in first and "step " not in second
+    assert (tmp_path / "both/checkpoints/5/items").exists()
+    assert_same_run(Result(0, first, tmp_path / "both"), one)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_one_that_was_never_stopped(keys, one, tmp_path):
+    keys = keys | {"eval_interval": 3, "eval_steps": 1, "run_name": "both"}
+    arguments = [f"{key}={value}" for key, value in keys.items()]
+    two_processes(tmp_path, *arguments, "steps=4")
+    assert (tmp_path / "both/checkpoints/3/items").exists()
+    resumed, _ = two_processes(tmp_path, *arguments)
+    assert "(resumed)" in resumed
+    assert_same_run(Result(0, resumed, tmp_path / "both"), one)
 
 
 @pytest.mark.slow

@@ -73,7 +73,10 @@ def letters_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def student(train: Callable[..., Result], teacher: str) -> Callable[..., Result]:
-    """student(name, key=value, ...): a few steps against the teacher, rows in the order of the data."""
+    """student(name, key=value, ...): a few steps against the teacher, rows in the order of the data.
+
+    In a process of its own, of which the pipelines' processes are children, and whose end is theirs.
+    """
 
     def run(name: str, **keys: Any) -> Result:
         common: dict[str, Any] = {
@@ -85,7 +88,7 @@ def student(train: Callable[..., Result], teacher: str) -> Callable[..., Result]
             "enable_data_shuffling": False,
             "enable_checkpointing": False,
         }
-        return train(name, **common | keys)
+        return train(name, program=("MaxText/train.py",), **common | keys)
 
     return run
 

@@ -1,19 +1,25 @@
-"""Bad input, typed on the command line: status 2, no training step, no traceback, one message that names the key."""
+"""Bad input: no training step, one message that names the key; typed on the command line, status 2 and no traceback.
 
+Every case is seen by the trainer in this process; a few, from the first look at the arguments to the first step, are
+typed.
+"""
+
+import contextlib
+import io
 import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import maxtext
 import numpy as np
 import pytest
-from conftest import ROOT, SMOKE, environment, execute
+from conftest import ROOT, SMOKE, execute
 from orbax.checkpoint.experimental import v1 as ocp
 
+from MaxText import train as trainer
 from MaxText.config.checks import REFUSED_WITH_KD
+from MaxText.config.keys import ConfigError
 
 pytestmark = pytest.mark.e2e
 
@@ -216,26 +222,45 @@ def folders(teacher, tmp_path_factory):
     return names
 
 
-def refusal(folders, arguments, config=SMOKE, devices=1):
-    """The message that a run with bad input ends with."""
+def filled_in(folders, arguments):
+    """The arguments with what stands in braces, and a folder for the output."""
     arguments = [re.sub(r"\{(\w+)\}", lambda m: str(folders[m[1]]), a) for a in arguments]
     if not any(a.startswith("base_output_directory=") for a in arguments):
         arguments.append(f"base_output_directory={folders['out']}")
-    result = execute(["MaxText/train.py"], [config, *arguments], folders["out"], devices)
-    assert result.status == 2, result.output[-3000:]
-    assert "Traceback" not in result.output
-    assert not any(line.startswith("step ") for line in result.output.splitlines())
-    message = result.output[result.output.rindex("error: ") :]
-    assert len(message.splitlines()) <= 8
-    return message
+    return arguments
 
 
-@pytest.mark.parametrize("case", CASES)
+def refusal(folders, arguments, config=SMOKE):
+    """The message that a run with bad input is refused with."""
+    arguments = ["train.py", config, *filled_in(folders, arguments)]
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(ConfigError) as raised:
+        trainer.main(arguments)
+    assert not any(line.startswith("step ") for line in output.getvalue().splitlines())
+    assert len(str(raised.value).splitlines()) <= 8
+    return str(raised.value)
+
+
+# One per place where a run is refused: the arguments, the teacher's checkpoint, the data, the first step.
+TYPED = ("misspelt key", "checkpoint whose arrays are cut off", "no grain data", "teacher with a number that is none")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in TYPED])
 def test_bad_input_ends_with_a_message(folders, case):
     arguments, parts = CASES[case]
     message = refusal(folders, arguments)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("case", TYPED)
+def test_a_command_with_bad_input_ends_with_its_message_and_status_2(folders, case):
+    arguments, parts = CASES[case]
+    result = execute(["MaxText/train.py"], [SMOKE, *filled_in(folders, arguments)], folders["out"])
+    assert result.status == 2, result.output[-3000:]
+    assert "Traceback" not in result.output
+    assert not any(line.startswith("step ") for line in result.output.splitlines())
+    message = result.output[result.output.rindex("error: ") :]
+    assert len(message.splitlines()) <= 8 and all(part in message for part in parts)
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -268,21 +293,18 @@ def test_a_command_without_arguments_says_what_it_takes(tmp_path):
 
 
 def test_a_machine_on_its_own_that_looks_for_others_is_told_so(tmp_path):
-    command = [sys.executable, "MaxText/train.py", SMOKE, f"base_output_directory={tmp_path}"]
-    command.append("skip_jax_distributed_system=false")
-    # In a process that knows nothing of pytest: where that is imported, MaxText joins no cluster.
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment(), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    message = result.stderr[result.stderr.index("error: ") :]
+    arguments = [SMOKE, f"base_output_directory={tmp_path}", "skip_jax_distributed_system=false"]
+    result = execute(["MaxText/train.py"], arguments, tmp_path)
+    assert result.status == 2
+    message = result.output[result.output.index("error: ") :]
     assert len(message.splitlines()) == 1
     assert "hardware, skip_jax_distributed_system: found no cluster to join" in message
     assert "hardware=cpu skip_jax_distributed_system=true" in message
 
 
-def test_settings_that_teach_nothing_are_warned_of(train, teacher):
-    keys = dict(use_kd="true", kd_teacher_parameters_path=teacher, steps=1)
-    result = train("one_token", **keys, kd_top_k=1, kd_alpha=1)
-    assert "warning: kd_top_k=1" in result.output
-    assert "warning: kd_alpha=1" in result.output
+def test_settings_that_teach_nothing_are_warned_of(capsys):
+    teacher = "kd_teacher_parameters_path=/no/such/teacher"  # what ends it, after the warnings
+    with pytest.raises(ConfigError, match="/no/such/teacher"):
+        trainer.main(["train.py", SMOKE, "use_kd=true", teacher, "kd_top_k=1", "kd_alpha=1"])
+    said = capsys.readouterr().out
+    assert "warning: kd_top_k=1" in said and "warning: kd_alpha=1" in said

@@ -387,17 +387,15 @@ def test_biases_of_routers_which_are_no_parameters_are_exported_too(train, base)
     assert made.num_mtp_layers == 0
 
 
-# As a user types it ---------------------------------------------------------------------------------------------------
+# In words that a user types -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "llama3" else pytest.mark.slow) for n in PRESETS])
-def test_a_student_that_begins_as_the_teacher_has_nothing_to_learn_from_it(name, train, base):
-    """Through both command lines, with the words that the first one prints."""
+def test_a_student_that_begins_as_the_teacher_has_nothing_to_learn_from_it(name, train, base, capsys):
+    """With the words that the conversion prints; tests/text/test_story.py types both commands."""
     source = model(name, base / f"{name}_typed_hf")
-    arguments = ["--hf", str(source), "--output", str(base / f"{name}_typed"), "--model-name", PRESETS[name]]
-    result = execute(["scripts/convert_teacher.py"], arguments, base / f"{name}_command")
-    assert result.status == 0, result.output
-    lines = (line.strip() for line in result.output.splitlines())
+    convert(source, base / f"{name}_typed", PRESETS[name])
+    lines = (line.strip() for line in capsys.readouterr().out.splitlines())
     teacher, student = (line for line in lines if line.startswith("python MaxText/train.py"))
     given = dict(word.split("=", 1) for word in teacher.partition(" use_kd=true ")[2].split(" ", 2))
     given |= dict(word.split("=", 1) for word in student.split()[3:])
@@ -574,11 +572,17 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
         ("nobody/no-such-model", ["no such folder", "on the hub", "cannot be fetched"]),
     ],
 )
-def test_a_model_that_is_nowhere_is_one_message_and_status_2(hf, words, tmp_path):
-    result = execute(["scripts/convert_teacher.py"], ["--hf", hf, "--output", str(tmp_path / "mt")], tmp_path / "log")
+def test_a_model_that_is_nowhere_is_one_message(hf, words, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        convert_teacher.main(["--hf", hf, "--output", str(tmp_path / "mt")])
+    assert all(word in str(refused.value) for word in (f"--hf '{hf}'", *words))
+
+
+def test_a_conversion_that_is_refused_ends_with_one_message_and_status_2(tmp_path):
+    arguments = ["--hf", "/no/such/model", "--output", str(tmp_path / "mt")]
+    result = execute(["scripts/convert_teacher.py"], arguments, tmp_path / "log")
     assert result.status == 2 and "Traceback" not in result.output
-    message = next(line for line in result.output.splitlines() if line.startswith("error: "))
-    assert f"--hf '{hf}'" in message and all(word in message for word in words)
+    assert result.output.splitlines()[-1].startswith("error: --hf '/no/such/model': no such folder")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from MaxText.models import student as student_lib
 from MaxText.models import teacher as teacher_lib
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Lab:
     """What `train.main` holds before its loop."""
 

@@ -133,7 +133,15 @@ def test_values_and_gradients_equal_the_plain_form(strategy, keep, monkeypatch):
     assert_equal(gradients_of(blockwise(block_size=8, **settings))(*arguments), expected)
 
 
-@pytest.mark.parametrize(("strategy", "keep"), CASES, ids=str)
+# Each strategy and each way to find K; the others in the long matrix.
+LACKING = (("renormalize", {"top_k": 5}), ("renormalize_teacher", {"top_p": 0.9}), *CASES[-2:])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "keep"),
+    [case if case in LACKING else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_tokens_that_one_model_lacks_are_in_no_term_that_the_teacher_is_in(strategy, keep, monkeypatch):
     student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem()
     # What the models say of those tokens is as loud as it can be.
@@ -440,18 +448,27 @@ def sharded(mesh, token_axes, vocab_axes, pooled_axes=(), **settings):
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
 
 
-def check_sharded_losses():
+def truncated_over(layouts, first, every):
+    """(settings, layouts) for each truncation: one of the layouts, whose number is in `first`, or every one."""
+    strategies = (*TRUNCATION_STRATEGIES, "renormalize")
+    for keep, strategy, number in zip(TRUNCATIONS, strategies, first, strict=True):
+        settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+        yield settings, layouts if every else layouts[number : number + 1]
+
+
+def check_sharded_losses(every):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     *arrays, targets, mask = problem(tokens=40)
     arguments = (*arrays, targets % SHARED, mask, *WEIGHTS)
     layouts = ((("data",), ("tensor",)), (("data", "tensor"), ()), ((), ("data", "tensor")))
-    for keep, strategy in zip(TRUNCATIONS, (*TRUNCATION_STRATEGIES, "renormalize"), strict=True):
-        settings = {"truncation_strategy": strategy, "evaluation": True, "shared_vocabulary": SHARED, **keep}
+    for settings, chosen in truncated_over(layouts, (0, 2, 0, 1), every):
+        settings["shared_vocabulary"] = SHARED
         expected = gradients_of(plain(**settings))(*arguments)
-        for token_axes, vocab_axes in layouts:
+        for token_axes, vocab_axes in chosen:
             loss = gradients_of(sharded(mesh, token_axes, vocab_axes, block_size=8, **settings))
-            assert_equal(loss(*arguments), expected)
-            computations = loss.lower(*arguments).compile().as_text().split("\n\n")
+            program = loss.lower(*arguments).compile()
+            assert_equal(program(*arguments), expected)
+            computations = program.as_text().split("\n\n")
             inside = "".join(text for text in computations if not text.lstrip().startswith("ENTRY"))
             moved = re.findall(r"= (.*) all-(?:reduce|gather)(?:-start)?\(", inside)
             # Neither a head nor hidden states nor logits: those would have a dimension of one of these sizes.
@@ -462,7 +479,7 @@ def check_sharded_losses():
             assert bool(moved) == bool(vocab_axes)
 
 
-def check_pooled_losses():
+def check_pooled_losses(every):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem(tokens=40)
     # Devices without a valid token take part in the others' blocks; what their tokens hold is not read.
@@ -474,28 +491,32 @@ def check_pooled_losses():
         (("data", "tensor"), ("tensor",), ("tensor",)),
         (("data", "tensor"), ("data", "tensor"), ("data", "tensor")),
     )
-    for keep, strategy in zip(TRUNCATIONS, (*TRUNCATION_STRATEGIES, "renormalize"), strict=True):
-        settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
+    for settings, chosen in truncated_over(layouts, (0, 1, 2, 0), every):
         expected = gradients_of(blockwise(block_size=8, **settings))(*arguments)
-        for token_axes, vocab_axes, pooled_axes in layouts:
+        for token_axes, vocab_axes, pooled_axes in chosen:
             loss = gradients_of(sharded(mesh, token_axes, vocab_axes, pooled_axes, block_size=3, **settings))
             assert_equal(loss(*arguments), expected)
 
 
-def in_four_devices(check):
+def in_four_devices(check, every):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", f"import test_blockwise; test_blockwise.{check.__name__}()"]
+    command = [sys.executable, "-c", f"import test_blockwise; test_blockwise.{check.__name__}({every})"]
     process = subprocess.run(command, env=os.environ | flags | paths, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
 
 
-def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop():
-    in_four_devices(check_sharded_losses)
+every_layout = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
-def test_blocks_gathered_over_the_axis_that_shards_the_vocabulary_give_the_same():
-    in_four_devices(check_pooled_losses)
+@every_layout
+def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop(every):
+    in_four_devices(check_sharded_losses, every)
+
+
+@every_layout
+def test_blocks_gathered_over_the_axis_that_shards_the_vocabulary_give_the_same(every):
+    in_four_devices(check_pooled_losses, every)
 
 
 def test_a_vocabulary_axis_that_shards_no_head_is_an_error():

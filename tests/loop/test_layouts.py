@@ -1,12 +1,15 @@
 """Laws of layouts: however a run lies on its devices, it trains the same student from the same teacher.
 
-Devices are simulated on the CPU. FSDP on four of them, alone and with tensor parallelism, is in test_train.py. What
-MaxText cannot lay out on simulated devices: parallelism over slices (dcn_*; a CPU device has no slice_index).
+Devices are simulated on the CPU. What MaxText cannot lay out on simulated devices: parallelism over slices (dcn_*; a
+CPU device has no slice_index).
 """
 
 import numpy as np
 import pytest
 import token_rows
+from orbax.checkpoint.experimental import v1 as ocp
+
+from MaxText import upstream
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +29,9 @@ LAYOUTS = {
         4,
         FSDP_OFF | {"ici_data_parallelism": 4, "shard_optimizer_over_data": "true"},
     ),
+    "fsdp": (4, {}),
     "fsdp of 8": (8, {}),
+    "fsdp and tensor": (4, {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}),
     "context, balanced": (4, {"ici_context_parallelism": 2}),
     "context, as it comes": (4, {"ici_context_parallelism": 2, "context_parallel_load_balance": "false"}),
     "tensor": (2, FSDP_OFF | {"ici_tensor_parallelism": 2}),
@@ -41,7 +46,7 @@ LAYOUTS = {
     "nothing kept for the backward pass": (1, {"remat_policy": "full"}),
     "products kept for the backward pass": (1, {"remat_policy": "minimal"}),
 }
-DEFAULT = ("data, microbatches", "data, optimizer sharded (ZeRO-1)", "context, balanced")
+DEFAULT = ("fsdp and tensor", "data, microbatches", "context, balanced")
 STEPS = 3
 
 
@@ -93,10 +98,14 @@ def test_a_student_whose_layers_lie_apart_agrees_with_one_device(distil):
     assert_same_run(distil("apart", 4, **apart), distil("apart_on_one_device", **apart))
 
 
-def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(train, distil):
-    one_head = {"base_num_kv_heads": 1, "override_model_config": "true"}
-    teacher = str(train("one_head_teacher", init_weights_seed=7, **one_head).folder / "checkpoints")
-    keys = {"kd_teacher_parameters_path": teacher, "kd_teacher_overrides": "{base_num_kv_heads: 1}"}
+def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(teacher, distil, tmp_path):
+    params = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]
+    attention = params["params"]["decoder"]["layers"]["self_attention"]
+    for side in ("key", "value"):
+        attention[side]["kernel"] = attention[side]["kernel"][:, :, :1]  # the first head of each layer
+    upstream.checkpointing.save_params_to_path(str(tmp_path / "one_head"), params)
+    keys = {"kd_teacher_parameters_path": tmp_path / "one_head/items"}
+    keys |= {"kd_teacher_overrides": "{base_num_kv_heads: 1}"}
     keys |= {"eval_interval": 2, "eval_steps": 1, "dataset_type": "synthetic"}
     layout = FSDP_OFF | {"ici_tensor_parallelism": 2, "ici_data_parallelism": 2}
     shared = distil("shared_heads", 4, **keys, **layout)

@@ -1,6 +1,7 @@
 """Laws of the step, seen from inside: what is differentiated, what is masked, what stays as it was."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,12 @@ def lab(tmp_path_factory, teacher):
 
 def loss_and_gradient(lab, batch, **kd):
     """Metrics and raw gradient of one step."""
+    with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
+        return jitted(lab, **kd)(lab.student.state, lab.teacher.state, batch)
+
+
+@functools.cache
+def jitted(lab, **kd):
     models = dataclasses.replace(lab.models, kd=lab.run.kd.model_copy(update=kd))
     config = models.config
 
@@ -40,8 +47,12 @@ def loss_and_gradient(lab, batch, **kd):
             aux, grads = step.loss_and_gradient(loss_fn, config, model, lab.student.params_shardings, batch)
         return step.training_metrics(models, aux["sums"]), grads
 
-    with jax.set_mesh(lab.student.mesh), logical_axis_rules(config.logical_axis_rules):
-        return jax.jit(run)(lab.student.state, lab.teacher.state, batch)
+    return jax.jit(run)
+
+
+@pytest.fixture(scope="module")
+def steps(lab):
+    return lab.steps()
 
 
 def logits_of(model, config, batch):
@@ -138,9 +149,8 @@ def test_no_gradient_reaches_the_teacher_whatever_the_loss_makes_of_it(lab, monk
     assert all(not np.any(np.asarray(leaf)) for leaf in gradient())
 
 
-def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab):
+def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab, steps):
     before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(nnx.filter_state(lab.teacher.state, nnx.Param))]
-    steps = lab.steps()
     state = jax.tree.map(jnp.copy, lab.student.state)
     batch = lab.student.data_loader.load_next_batch()
     compilations = []
@@ -160,10 +170,10 @@ def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab):
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_step_returns_the_students_parameters_and_two_moments_of_each_and_nothing_more(lab):
+def test_a_step_returns_the_students_parameters_and_two_moments_of_each_and_nothing_more(lab, steps):
     batch = lab.student.data_loader.load_next_batch()
     with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
-        state, _ = lab.steps().train(jax.tree.map(jnp.copy, lab.student.state), batch)
+        state, _ = steps.train(jax.tree.map(jnp.copy, lab.student.state), batch)
     returned = nnx.merge(lab.student.graphdef, state)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(returned.model, nnx.Param)))
     moments = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(returned.optimizer)) if leaf.size > 1)
@@ -184,7 +194,7 @@ def test_the_teacher_runs_without_dropout(tmp_path, teacher, lab):
     assert float(metrics["learning/ce_loss"]) != float(calm["learning/ce_loss"])
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_microbatches_add_up_to_the_whole_batch(tmp_path, teacher, lab, microbatches):
     accumulating = lab_lib.make(
         tmp_path,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
-from maxtext.layers import multi_token_prediction as engine
 
+from MaxText import upstream
 from MaxText.distill.kd_loss import cross_entropy, kl_divergence
 from MaxText.loop import step
 from MaxText.models import heads
@@ -62,7 +62,7 @@ def mtp_loss(lab, batch):
     return under(lab, jax.value_and_grad(loss, has_aux=True), params, lab.teacher.state)
 
 
-def engines(lab, batch, result):
+def engines(lab, batch, result, transform=jax.value_and_grad):
     """result(what the engine's own model reports), and its gradient."""
     graphdef, params, rest = nnx.split(nnx.merge(lab.student.graphdef, lab.student.state).model, nnx.Param, ...)
 
@@ -77,11 +77,11 @@ def engines(lab, batch, result):
             decoder_target_mask=batch["targets_segmentation"],
         )
         reported = {"logits": logits}
-        for kind in (engine.mtp_losses, engine.mtp_acceptance):
+        for kind in (upstream.multi_token_prediction.mtp_losses, upstream.multi_token_prediction.mtp_acceptance):
             reported[kind.__name__] = nnx.pop(model, kind).to_pure_dict()
         return result(reported, lab.run.student)
 
-    return under(lab, jax.value_and_grad(loss), params)
+    return under(lab, transform(loss), params)
 
 
 def assert_same_gradient(got, expected):
@@ -96,7 +96,7 @@ def test_without_a_teacher_the_loss_is_the_engines_own(make):
     lab = make()
     batch = packed_batch(lab)
     (loss, sums), gradient = mtp_loss(lab, batch)
-    expected, expected_gradient = engines(lab, batch, engine.calculate_mtp_loss)
+    expected, expected_gradient = engines(lab, batch, upstream.multi_token_prediction.calculate_mtp_loss)
     assert float(expected) > 0
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(sums["mtp_loss_sum"] / sums["n"], expected, rtol=1e-5)
@@ -111,7 +111,8 @@ def test_the_acceptance_rate_is_the_engines_own(make, depth):
     scalars = under(
         lab, lambda *arguments: step.eval_step(lab.models, *arguments), lab.student.state, lab.teacher.state, batch
     )["scalar"]
-    expected, _ = engines(lab, batch, engine.calculate_mtp_acceptance_rate)
+    rate = upstream.multi_token_prediction.calculate_mtp_acceptance_rate
+    expected = engines(lab, batch, rate, transform=lambda rate: rate)
     got = 100 * scalars["evaluation/mtp_accepted_sum"] / scalars["evaluation/mtp_n"]
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -158,6 +159,9 @@ def test_the_heads_learn_the_teachers_next_token_where_their_predictions_lie(mak
     np.testing.assert_allclose(sums["mtp_ce_loss_sum"] / sums["n"], ce, rtol=1e-5)
     np.testing.assert_allclose(sums["mtp_kd_loss_sum"] / sums["n"], kl, rtol=1e-5)
     assert_same_gradient(gradient, expected_gradient)
+    logged = step.training_metrics(lab.models, sums)
+    for name, value in (("loss", expected), ("ce_loss", ce), ("kd_loss", kl)):
+        assert float(logged[f"learning/mtp_{name}"]) == pytest.approx(float(value), rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", (0.4, pytest.param(0.0, marks=pytest.mark.slow)))
@@ -173,6 +177,7 @@ def test_no_logits_of_an_mtp_head_exist(make, alpha):
     assert max(math.prod(shape) for shape in shapes if config.vocab_size in shape) < 32 * 32 * config.vocab_size
 
 
+@pytest.mark.slow
 def test_distilled_heads_log_both_parts_of_their_loss(make):
     lab = make(kd_mtp_alpha=0.4, gradient_accumulation_steps=2)
     run = functools.partial(step.train_step, lab.models, lab.student.params_shardings)

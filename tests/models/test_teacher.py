@@ -14,6 +14,11 @@ from MaxText.models import teacher as teacher_lib
 pytestmark = pytest.mark.e2e
 
 
+@pytest.fixture(scope="module")
+def lab(teacher, tmp_path_factory):
+    return lab_lib.make(tmp_path_factory.mktemp("lab"), f"{teacher}/5/items")
+
+
 def test_a_checkpoints_folder_means_its_newest_step(teacher, tmp_path):
     shutil.copytree(teacher, tmp_path / "run")
     shutil.copytree(f"{teacher}/5", tmp_path / "run/12")
@@ -22,26 +27,25 @@ def test_a_checkpoints_folder_means_its_newest_step(teacher, tmp_path):
     assert teacher_lib.find_checkpoint(f"{tmp_path}/run/5").step == 5
 
 
-def test_the_restored_teacher_is_the_trained_one_bit_for_bit(tmp_path, teacher):
-    lab = lab_lib.make(tmp_path, f"{teacher}/5/items")
+def test_the_restored_teacher_is_the_trained_one_bit_for_bit(lab, teacher):
     stored = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]["params"]
     restored = nnx.filter_state(lab.teacher.state, nnx.Param).to_pure_dict()
     jax.tree.map(np.testing.assert_array_equal, stored, restored)
 
 
-def test_a_parameters_only_checkpoint_is_the_same_teacher(tmp_path, teacher):
+def test_a_parameters_only_checkpoint_is_the_same_teacher(lab, tmp_path, teacher):
     stored = ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]
     teacher_lib.upstream.checkpointing.save_params_to_path(str(tmp_path / "params_only"), stored)
-    first = lab_lib.make(tmp_path, f"{teacher}/5").teacher.state
-    second = lab_lib.make(tmp_path, str(tmp_path / "params_only" / "items")).teacher.state
-    leaves = [jax.tree.leaves(nnx.filter_state(state, nnx.Param)) for state in (first, second)]
+    second = lab_lib.make(tmp_path, str(tmp_path / "params_only" / "items"))
+    leaves = [jax.tree.leaves(nnx.filter_state(made.teacher.state, nnx.Param)) for made in (lab, second)]
     assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["", "bfloat16"])
-def test_the_teacher_is_held_as_asked(tmp_path, teacher, dtype):
-    state = nnx.filter_state(lab_lib.make(tmp_path, teacher, kd_teacher_dtype=dtype).teacher.state, nnx.Param)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {dtype or "float32"}
+def test_the_teacher_is_held_as_asked(lab, tmp_path, teacher):
+    asked = lab_lib.make(tmp_path, teacher, kd_teacher_dtype="bfloat16")
+    for made, dtype in ((lab, "float32"), (asked, "bfloat16")):
+        held = jax.tree.leaves(nnx.filter_state(made.teacher.state, nnx.Param))
+        assert {str(leaf.dtype) for leaf in held} == {dtype}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,9 @@ def test_the_names_below_the_decoder_tell_whether_layers_are_scanned(names, scan
     assert teacher_lib.Checkpoint(root=None, step=None, arrays=arrays).scan_layers is scanned
 
 
-@pytest.mark.parametrize(("scan_layers", "microbatches"), [("true", 2), ("false", 1)])
+@pytest.mark.parametrize(
+    ("scan_layers", "microbatches"), [("true", 2), pytest.param("false", 1, marks=pytest.mark.slow)]
+)
 def test_router_biases_come_back_although_they_are_no_parameters(train, teacher, tmp_path, scan_layers, microbatches):
     experts = {"sparse_matmul": "false", "megablox": "false"}
     moe = train(  # a mixture of experts, distilled from a dense teacher: its routers' biases move at each step

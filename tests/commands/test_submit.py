@@ -230,16 +230,18 @@ def test_every_slice_has_its_devices_and_a_label():
 
 
 @pytest.fixture(scope="module")
-def xpk(tmp_path_factory):
+def xpk(once):
     """The folder with the programs of the pinned xpk's environment, made here where docs/cluster.md has not made it."""
-    if not (submit_xpk.XPK_VENV / "xpk").exists():
-        folder = tmp_path_factory.mktemp("xpk") / "venv"
+    if (submit_xpk.XPK_VENV / "xpk").exists():
+        return submit_xpk.XPK_VENV
+
+    def make(folder):
         uv = [sys.executable, "-m", "uv", "--quiet"]
         subprocess.run([*uv, "venv", "--python", sys.executable, folder], check=True)
         requirements = ROOT / "deploy/requirements-xpk.txt"
         subprocess.run([*uv, "pip", "install", "--python", folder / "bin/python", "-r", requirements], check=True)
-        return folder / "bin"
-    return submit_xpk.XPK_VENV
+
+    return once("xpk", make) / "bin"
 
 
 def run_xpk(program, folder, *words):

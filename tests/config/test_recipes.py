@@ -1,16 +1,11 @@
 """Laws of the recipes in configs/: each says what it costs and where that is from, and its step can be built."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
-from conftest import ROOT, environment, execute
-from test_train_compile import WITHOUT_LIBTPU
+from conftest import ROOT, WITHOUT_LIBTPU, call_apart, execute
 
 from MaxText import train_compile, upstream
 from MaxText.config import resolve
@@ -109,12 +104,8 @@ def lower(recipe):
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipes_step_can_be_lowered(recipe):
-    devices = int(topology(recipe).rpartition("-")[2])
-    paths = {"PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *filter(None, sys.path)])}
-    command = [sys.executable, "-c", f"import test_recipes; test_recipes.lower({recipe!r})"]
-    process = subprocess.run(command, env=environment(devices) | paths, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-4000:]
+def test_a_recipes_step_can_be_lowered(recipe, tmp_path):
+    call_apart(lower, recipe, devices=int(topology(recipe).rpartition("-")[2]), folder=tmp_path)
 
 
 @pytest.mark.slow

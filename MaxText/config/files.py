@@ -1,5 +1,6 @@
 """The yml files: base.yml, the user's file and those that its base_config leads to, as layers."""
 
+import functools
 import os
 import pathlib
 from typing import Any
@@ -19,10 +20,9 @@ def load_layers(path: str) -> tuple[omegaconf.DictConfig, omegaconf.DictConfig]:
     """Loads `path` and the files its `base_config` leads to -> (defaults, the user's files merged).
 
     A relative `base_config` is looked for beside the file that names it, then in MaxText/configs, then in upstream's
-    configs. The defaults are upstream's base.yml under ours, whatever the user's files name.
+    configs. The defaults are upstream's base.yml under ours, whatever the user's files name; nobody may change them.
     """
     ours = CONFIGS / "base.yml"
-    defaults = omegaconf.OmegaConf.merge(load_yml(upstream.base_yml()), load_yml(str(ours)))
     user = omegaconf.OmegaConf.create()
     seen: set[pathlib.Path] = set()
     current: pathlib.Path | None = pathlib.Path(path)
@@ -34,7 +34,13 @@ def load_layers(path: str) -> tuple[omegaconf.DictConfig, omegaconf.DictConfig]:
         user = omegaconf.OmegaConf.merge(layer, user)
         name = layer.get("base_config")
         current = find_base(name, current) if name else None
-    return defaults, user
+    return defaults(), user
+
+
+@functools.cache
+def defaults() -> omegaconf.DictConfig:
+    """Upstream's base.yml under ours: a thousand keys, which student and teacher each begin with."""
+    return omegaconf.OmegaConf.merge(load_yml(upstream.base_yml()), load_yml(str(CONFIGS / "base.yml")))
 
 
 def find_base(name: str, named_by: pathlib.Path) -> pathlib.Path:

@@ -4,6 +4,7 @@ Left out on purpose: their meaning and defaults, which stand in MaxText/configs/
 others (checks.py).
 """
 
+import functools
 import os
 from typing import Any, Literal
 
@@ -89,6 +90,7 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
         return found
 
 
+@functools.cache
 def config_class() -> type[pydantic.BaseModel]:
     """MaxText's configuration with the kd_* keys, and with `model_name` open to presets that upstream does not list."""
     return pydantic.create_model("DistillationConfig", __base__=(KDKeys, upstream.types.MaxTextConfig), model_name=str)

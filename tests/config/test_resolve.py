@@ -134,10 +134,14 @@ def test_an_evaluation_that_would_never_end_is_refused():
         initialize("eval_interval=2", "eval_steps=-1")
 
 
+@pytest.fixture(scope="module")
+def untouched():
+    return initialize()
+
+
 @pytest.mark.parametrize("key", sorted(REFUSED_WITH_KD))
-def test_every_refused_option_is_a_key_of_the_engine_with_its_default_allowed(key):
-    run = initialize()
-    value = getattr(run.student, key)
+def test_every_refused_option_is_a_key_of_the_engine_with_its_default_allowed(untouched, key):
+    value = getattr(untouched.student, key)
     assert getattr(value, "value", value) in REFUSED_WITH_KD[key]
 
 

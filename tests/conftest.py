@@ -36,6 +36,9 @@ SMOKE = str(ROOT / "configs/smoke.yml")
 TRAIN = ("MaxText/train.py",)
 WITHOUT_LIBTPU = not getattr(importlib.util.find_spec("libtpu"), "origin", None)
 
+# By products of matrices: the kernels for experts are a TPU's.
+EXPERTS: dict[str, Any] = {"model_name": "deepseek3-mini", "sparse_matmul": "false", "megablox": "false"}
+
 Rows = list[dict[str, Any]]
 RUN = itertools.count()
 
@@ -217,5 +220,14 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def teacher(train: Callable[..., Result], once: Callable[..., pathlib.Path]) -> str:
     """The `checkpoints` folder of a trained tiny teacher."""
-    runs = once("runs", lambda folder: train("teacher", init_weights_seed=7, base_output_directory=folder))
+    runs = once("dense", lambda folder: train("teacher", init_weights_seed=7, base_output_directory=folder))
     return str(runs / "teacher/checkpoints")
+
+
+@pytest.fixture(scope="session")
+def experts(train: Callable[..., Result], teacher: str, once: Callable[..., pathlib.Path]) -> Result:
+    """A mixture of experts that was distilled from the dense teacher: its routers' biases move at each step."""
+    keys = EXPERTS | {"gradient_accumulation_steps": 2, "per_device_batch_size": 2, "use_kd": "true"}
+    keys |= {"kd_teacher_model_name": "tiny-llama", "kd_teacher_parameters_path": teacher}
+    runs = once("mixture", lambda folder: train("experts", **keys, base_output_directory=folder))
+    return Result(0, "", runs / "experts")

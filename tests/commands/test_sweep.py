@@ -263,11 +263,11 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(write, tmp_path, 
 @pytest.mark.e2e
 def test_two_points_are_trained_and_compared(write, tmp_path):
     """One of the points has a fault that only the trainer can find: it fails, and the other is there."""
-    kept = {"full": {}, "no-data": {"dataset_type": "grain"}}
-    path = write(grid={"kept": kept}, keys=KEYS | {"use_kd": False})
+    kept = {"full": {"use_kd": False}, "no-teacher": {"kd_teacher_parameters_path": "/no/such/teacher"}}
+    path = write(grid={"kept": kept})
     result = execute(["scripts/sweep.py"], [str(path), "--out", str(tmp_path / "out")], tmp_path)
     assert result.status == 1, result.output
-    assert "failed: no-data-seed0: status 2, see" in result.output
-    assert "grain_train_files" in (tmp_path / "out/no-data-seed0/train.log").read_text()
+    assert "failed: no-teacher-seed0: status 2, see" in result.output
+    assert "/no/such/teacher" in (tmp_path / "out/no-teacher-seed0/train.log").read_text()
     final = [json.loads(line) for line in (tmp_path / "out/full-seed0/metrics.jsonl").read_text().splitlines()][-1]
     assert final["step"] == 2 and f"{final['evaluation/ce_loss']:.3f}" in result.output

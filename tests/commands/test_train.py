@@ -2,10 +2,16 @@
 
 import os
 
+import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TRAIN, execute
+from conftest import ROOT, SMOKE, TRAIN, execute
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint.experimental import v1 as ocp
+
+from MaxText import upstream
+from MaxText.config import resolve
 
 pytestmark = pytest.mark.e2e
 
@@ -126,13 +132,18 @@ def test_relative_paths_are_taken_from_the_working_folder(train, teacher, tmp_pa
     assert (tmp_path / "relative/checkpoints/5/items").exists()
 
 
-def test_a_teacher_of_another_family_teaches(train, teacher):
-    other = train("qwen_teacher", model_name="tiny-qwen3", scan_layers="false")
+def test_a_teacher_of_another_family_teaches(train, tmp_path):
+    other = resolve.initialize(["train.py", SMOKE, "model_name=tiny-qwen3", "scan_layers=false"]).student
+    mesh = upstream.maxtext_utils.get_mesh_from_config(other)
+    create, _ = upstream.model_creation_utils.create_nnx_abstract_model(other, mesh)
+    with jax.set_mesh(mesh), logical_axis_rules(other.logical_axis_rules):
+        params = nnx.state(jax.jit(create)(), nnx.Param).to_pure_dict()
+    upstream.checkpointing.save_params_to_path(str(tmp_path / "qwen"), {"params": params})
     student = train(
         "student_of_qwen",
         use_kd="true",
         kd_teacher_model_name="tiny-qwen3",
-        kd_teacher_parameters_path=other.folder / "checkpoints/5/items",
+        kd_teacher_parameters_path=tmp_path / "qwen/items",
         kd_teacher_dtype="bfloat16",
     )
     assert " teacher  tiny-qwen3, 3 layers x 96" in student.output and "held in bfloat16" in student.output
@@ -161,7 +172,5 @@ def yml_lines(path):
 
 
 def ocp_paths(tree):
-    import jax
-
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return [(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in leaves]

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from conftest import SMOKE, execute
+from conftest import EXPERTS, SMOKE, execute
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from golden import make as golden
@@ -390,11 +390,11 @@ def test_a_student_without_a_preset_is_exported_by_its_decoder_block_and_with_it
     assert written["model_type"] == "llama" and ends.items() <= written.items() and served == ends
 
 
-def test_a_trained_student_is_exported_as_it_was_saved(train, base):
-    student = train("student", steps=2, save_checkpoint_on_completion="true")
+def test_a_trained_student_is_exported_as_it_was_saved(teacher, base):
+    student = pathlib.Path(teacher).parent
     evaluated = "eval_interval=500"  # as a student's yml has it, on data that the export does not open
-    export_student.main(["--run", str(student.folder), "--output", str(base / "student"), SMOKE, evaluated])
-    stored = ocp.load(student.folder / "checkpoints/1", checkpointable_name="items")["params"]["params"]
+    export_student.main(["--run", str(student), "--output", str(base / "student"), SMOKE, evaluated])
+    stored = ocp.load(student / "checkpoints/5", checkpointable_name="items")["params"]["params"]
     exported = load_file(base / "student/model.safetensors")
     down = np.asarray(stored["decoder"]["layers"]["mlp"]["wo"]["kernel"])
     for layer in range(2):
@@ -402,12 +402,10 @@ def test_a_trained_student_is_exported_as_it_was_saved(train, base):
     assert sum(value.size for value in exported.values()) == sum(x.size for x in jax.tree.leaves(stored))
 
 
-def test_biases_of_routers_which_are_no_parameters_are_exported_too(train, base):
-    keys = {"model_name": "deepseek3-mini", "sparse_matmul": "false", "megablox": "false"}
-    student = train("experts", steps=2, save_checkpoint_on_completion="true", **keys)
-    settings = [f"{key}={value}" for key, value in keys.items()]
-    export_student.main(["--run", str(student.folder), "--output", str(base / "experts"), SMOKE, *settings])
-    aux = ocp.load(student.folder / "checkpoints/1", checkpointable_name="items")["nnx_aux"]["model"]
+def test_biases_of_routers_which_are_no_parameters_are_exported_too(experts, base):
+    settings = [f"{key}={value}" for key, value in EXPERTS.items()]
+    export_student.main(["--run", str(experts.folder), "--output", str(base / "experts"), SMOKE, *settings])
+    aux = ocp.load(experts.folder / "checkpoints/5", checkpointable_name="items")["nnx_aux"]["model"]
     (biases,) = jax.tree.leaves({key: value for key, value in flat(aux).items() if key[-2:] == ("gate", "bias")})
     assert biases.shape == (2, 4) and np.all(np.std(biases, axis=1) > 0)
     exported = load_file(base / "experts/model.safetensors")

@@ -86,6 +86,7 @@ def test_a_layout_agrees_with_one_device(distil, one_device, layout):
     assert_same_run(run, one_device)
 
 
+@pytest.mark.slow
 def test_microbatches_of_packed_rows_agree_with_one_batch(distil):
     packed = {"packing": "true"}
     microbatches = {"gradient_accumulation_steps": 4, "per_device_batch_size": 2}
@@ -106,9 +107,9 @@ def test_a_teacher_whose_heads_the_layout_does_not_divide_is_laid_out_by_itself(
     upstream.checkpointing.save_params_to_path(str(tmp_path / "one_head"), params)
     keys = {"kd_teacher_parameters_path": tmp_path / "one_head/items"}
     keys |= {"kd_teacher_overrides": "{base_num_kv_heads: 1}"}
-    keys |= {"eval_interval": 2, "eval_steps": 1, "dataset_type": "synthetic"}
+    keys |= {"dataset_type": "synthetic"}
     layout = FSDP_OFF | {"ici_tensor_parallelism": 2, "ici_data_parallelism": 2}
-    shared = distil("shared_heads", 4, **keys, **layout)
+    shared = distil("shared_heads", 4, **keys, **layout, eval_interval=2, eval_steps=1)
     assert "the teacher's 4 query and 1 key-value heads do not divide by 2" in shared.output
     assert_same_run(shared, distil("whole_heads", **keys))
 

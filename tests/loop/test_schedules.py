@@ -127,6 +127,7 @@ def test_a_resumed_run_has_the_schedule_of_the_uninterrupted_one(moving, train, 
     np.testing.assert_allclose(again.column("learning/loss"), moving.column("learning/loss"), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_microbatches_see_one_value(train, teacher, moving):
     keys = dict(kd_teacher_parameters_path=teacher, z_loss_multiplier=1e-4)

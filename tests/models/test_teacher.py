@@ -6,6 +6,7 @@ import jax
 import lab as lab_lib
 import numpy as np
 import pytest
+from conftest import EXPERTS
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -63,28 +64,22 @@ def test_the_names_below_the_decoder_tell_whether_layers_are_scanned(names, scan
     assert teacher_lib.Checkpoint(root=None, step=None, arrays=arrays).scan_layers is scanned
 
 
-@pytest.mark.parametrize(
-    ("scan_layers", "microbatches"), [("true", 2), pytest.param("false", 1, marks=pytest.mark.slow)]
-)
-def test_router_biases_come_back_although_they_are_no_parameters(train, teacher, tmp_path, scan_layers, microbatches):
-    experts = {"sparse_matmul": "false", "megablox": "false"}
-    moe = train(  # a mixture of experts, distilled from a dense teacher: its routers' biases move at each step
-        f"deepseek_{scan_layers}",
-        **experts,
-        gradient_accumulation_steps=microbatches,
-        per_device_batch_size=4 // microbatches,
-        model_name="deepseek3-mini",
-        scan_layers=scan_layers,
-        use_kd="true",
-        kd_teacher_model_name="tiny-llama",
-        kd_teacher_parameters_path=teacher,
-    )
+@pytest.fixture
+def experts_apart(train, teacher):
+    """Like `experts`, in one batch and with layers that are no one array."""
+    keys = EXPERTS | {"scan_layers": "false", "use_kd": "true", "kd_teacher_model_name": "tiny-llama"}
+    return train("experts_apart", **keys, kd_teacher_parameters_path=teacher)
+
+
+@pytest.mark.parametrize("name", ["experts", pytest.param("experts_apart", marks=pytest.mark.slow)])
+def test_router_biases_come_back_although_they_are_no_parameters(request, tmp_path, name):
+    moe = request.getfixturevalue(name)
     for row in moe.rows():
         parts = 0.5 * row["learning/ce_loss"] + 0.5 * row["learning/kd_loss"] + row["learning/moe_lb_loss"]
         assert row["learning/loss"] == pytest.approx(parts, rel=1e-5)
     checkpoints = moe.folder / "checkpoints"
     held = {"kd_teacher_model_name": "deepseek3-mini", "kd_teacher_dtype": "bfloat16"}
-    lab = lab_lib.make(tmp_path, str(checkpoints), **experts, **held)
+    lab = lab_lib.make(tmp_path, str(checkpoints), **EXPERTS | {"model_name": "tiny-llama"}, **held)
     leaves = nnx.to_flat_state(lab.teacher.state)
     assert {leaf.get_value().dtype for _, leaf in leaves if isinstance(leaf, nnx.Param)} == {
         np.dtype(jax.numpy.bfloat16)
@@ -94,7 +89,7 @@ def test_router_biases_come_back_although_they_are_no_parameters(train, teacher,
         ocp.load(checkpoints / "5", checkpointable_name="items")["nnx_aux"]["model"]
     )
     biases = {path: value for path, value in stored.items() if path[-1] == "bias"}
-    assert len(biases) == (1 if scan_layers == "true" else 2)
+    assert len(biases) == (1 if name == "experts" else 2)
     for path, value in biases.items():
         assert np.any(value) and np.max(np.abs(value)) <= 6 * 0.0101  # six steps of the update rate at most
         np.testing.assert_array_equal(restored[path], value)  # in float32, whatever parameters are held in

@@ -228,7 +228,7 @@ def train(
     """
     state = student.state
     done = evaluated = student.start_step - 1
-    terminated = False
+    terminated, batch = False, None
     profiler = upstream.profiler.Profiler(config, offset_step=student.start_step)
     shaped = upstream.maxtext_utils.get_shaped_batch(config)
     upstream.train_utils.prepare_before_run_start(
@@ -266,7 +266,7 @@ def train(
         if upstream.is_end_of_data(reason):
             logger.flush()
             schedule, start = student.learning_rate_schedule, student.start_step
-            say("\n".join(ending.data_has_ended(config, schedule, start, done, logger.tokens)))
+            say("\n".join(ending.data_has_ended(config, schedule, start, done, logger.tokens, batch)))
         else:
             say(f"training stopped: {reason}")
         terminated = upstream.is_termination(reason)  # there is little time then: the restart evaluates

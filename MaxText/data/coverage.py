@@ -16,6 +16,10 @@ from MaxText.data import pipelines
 
 DOCUMENTS = 256  # in a sample, or fewer if they are long
 TOKENS = 1 << 20
+# What reads documents whole, by the setting that cuts them.
+REMEDIES = {"use_truncation=True": "use_truncation=false reads them whole"} | dict.fromkeys(
+    ("dataset_type=hf", "dataset_type=tfds"), "dataset_type=grain with use_truncation=false reads them whole"
+)
 NONE = np.array([], int)
 LONGER = 32  # the rows of the sample; what is longer still counts as that
 
@@ -23,9 +27,9 @@ LONGER = 32  # the rows of the sample; what is longer still counts as that
 def cut_by(config: Any) -> str:
     """The setting by which a run's pipeline cuts documents to a row, as key=value; "" if it reads them whole."""
     kind = config.dataset_type
-    if kind in ("hf", "tfds"):
+    if kind in ("hf", "tfds") and not (config.use_dpo or config.use_sft):
         return f"dataset_type={kind.value}"
-    if kind != "grain" or config.grain_file_type in ("mmap", "mmap_npy") or not config.tokenize_train_data:
+    if kind not in ("grain", "hf") or config.grain_file_type in ("mmap", "mmap_npy") or not config.tokenize_train_data:
         return ""
     if config.use_dpo or config.use_sft:
         return "use_dpo=True" if config.use_dpo else "use_sft=True"
@@ -38,11 +42,7 @@ def report(config: Any, mesh: Any) -> list[str]:
     if setting := cut_by(config):
         length = f"max_target_length={config.max_target_length}"
         cut = f"{setting} cuts each document after {length} tokens"
-        remedy = (
-            "raise max_target_length"
-            if config.use_sft or config.use_dpo
-            else "grain with use_truncation=false reads on"
-        )
+        remedy = REMEDIES.get(setting, "raise max_target_length")
         lengths = sample(config, mesh) if jax.process_index() == 0 else NONE
         if not lengths.size:
             lines.append(f"warning: {cut}, what lies beyond is never read; {remedy}")

@@ -63,7 +63,8 @@ def of_array_record(path: str, columns: list[str], looked_through: bool, until: 
                 if time.monotonic() > until:
                     break
     except RuntimeError as error:
-        return f"{path}: is damaged or was cut short; its ArrayRecords cannot be read ({error or 'no whole index'})"
+        reason = str(error) or "no index at its end"
+        return f"{path}: is damaged or was cut short; its ArrayRecords cannot be read ({reason})"
     except ValueError:  # a column that is not there, which upstream names
         return ""
     return ""

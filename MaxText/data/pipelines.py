@@ -3,6 +3,7 @@
 - Files are read in the order of their names; upstream's is the file system's.
 - Padding is told by its position (rows.py); upstream takes every token with the id of padding for padding.
 - A conversation has the marks of its template; upstream's grain adds one at both ends of each turn.
+- A mark that the tokenizer lacks is not written; upstream writes -1 for one that SentencePiece lacks.
 - Evaluation data is read whole (evaluation.py).
 
 Left out on purpose: what cannot be told by position, of which a run is warned: `taken_for_padding`.
@@ -33,6 +34,7 @@ def mended(config: Any) -> Iterator[None]:
     def grain_tokenizer(settings: Any, **marks: Any) -> tuple[Any, int]:
         marks = {"add_bos": False, "add_eos": False} if settings.use_sft else marks
         tokenizer, pad_id = get_tokenizer_and_pad_id(settings, **marks)
+        write_no_mark_it_lacks(tokenizer)
         if getattr(tokenizer, "bos_id", None) is None:  # concatenation asks for one where the attribute is there
             vars(tokenizer).pop("bos_id", None)
         return tokenizer, rows.PAD if by_position else pad_id
@@ -60,6 +62,7 @@ def mended_tfds(by_position: bool) -> Iterator[None]:
 
     def tokenizer_without_padding(*arguments: Any) -> Any:
         tokenizer = get_tokenizer(*arguments)
+        write_no_mark_it_lacks(tokenizer)
         if by_position:
             tokenizer.pad_id = rows.PAD
         return tokenizer
@@ -73,6 +76,13 @@ def mended_tfds(by_position: bool) -> Iterator[None]:
         mock.patch.object(upstream.tfds_data_processing, "preprocessing_pipeline", filled_pipeline),
     ):
         yield
+
+
+def write_no_mark_it_lacks(tokenizer: Any) -> None:
+    """A SentencePiece model without a mark has -1 for its id, which upstream writes into the text."""
+    for mark in ("bos", "eos"):
+        if getattr(tokenizer, f"{mark}_id", None) == -1:
+            setattr(tokenizer, f"add_{mark}", False)
 
 
 def tells_padding_by_id(config: Any) -> bool:
@@ -104,6 +114,7 @@ def taken_for_padding(config: Any) -> str:
     if taken is None or taken < 0:
         return ""
     return (
-        f"tokenizer_path={config.tokenizer_path!r} has no pad token of its own, and this data is not tokenised here: "
-        f"token {taken} ({tokens.SPELLED[kind](loaded).get(taken)!r}) is taken for padding, so it is never a target"
+        f"tokenizer_path={config.tokenizer_path!r} has no pad token of its own: token {taken} "
+        f"({tokens.SPELLED[kind](loaded).get(taken)!r}) is taken for padding, so it is never a target (padding is told "
+        "by its position in text alone that is tokenised here)"
     )

@@ -46,7 +46,8 @@ def check_fits(config: Any) -> None:
     Raises:
       ConfigError: a token beyond the table may be read.
     """
-    if config.dataset_type not in ("grain", "hf", "tfds", "c4_mlperf") or not config.tokenize_train_data:
+    megatron = config.dataset_type == "grain" and config.grain_file_type in ("mmap", "mmap_npy")
+    if config.dataset_type in ("synthetic", "olmo_grain") or megatron or not config.tokenize_train_data:
         return
     kind = kind_of(config)
     loaded = load("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)

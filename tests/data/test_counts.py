@@ -4,6 +4,7 @@ The iterators are those of a run, opened in this process. From their batches the
 compared with a plain reading: the letters of a text and its marks.
 """
 
+import io
 import itertools
 import pickle
 from glob import glob
@@ -15,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pydantic
 import pytest
+import sentencepiece
 import transformers
 from conftest import SMOKE
 from letters import LETTERS, save_tokenizer, texts_of, write_array_record, write_json, write_parquet, write_tfds
@@ -236,6 +238,19 @@ def test_no_token_is_taken_for_padding(tokenizer, pipeline, packing, config_of, 
         assert_read(rows_of(config_of(**keys), split), pieces, within=within)
 
 
+def test_a_mark_that_the_tokenizer_lacks_is_not_written(config_of, folder, tmp_path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([LETTERS] * 10), model_writer=model, model_type="char", vocab_size=64, minloglevel=2,
+        hard_vocab_limit=False, add_dummy_prefix=False, unk_id=0, bos_id=-1, eos_id=1,
+    )  # fmt: skip
+    (tmp_path / "letters.model").write_bytes(model.getvalue())
+    keys = keys_of("grain parquet", folder) | {"tokenizer_path": str(tmp_path / "letters.model")}
+    rows = rows_of(config_of(**keys, tokenizer_type="sentencepiece", use_truncation=False, packing=False), "train")
+    lengths = [len(piece) for row in pieces_of(rows) for piece in row]
+    assert sum(lengths) == sum(len(text) + 1 for text in TRAIN)
+
+
 def test_worker_processes_are_given_what_this_one_has() -> None:
     tokens_of_a_row = np.array([[5, 6, 2, 7, -1]], np.int32)
     text = {"": tokens_of_a_row, "_segmentation": (tokens_of_a_row >= 0).astype(np.int32)}
@@ -344,6 +359,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused_by_name(config_of, fo
         for part in (f"tokenizer_path='{folder / OWN}'", f"largest id is {largest} ('z')", f"vocab_size={largest + 1}"):
             assert part in str(refused.value)
     tokens.check_fits(config_of(vocab_size=largest, dataset_type="synthetic"))
+    tokens.check_fits(config_of(vocab_size=largest, grain_file_type="mmap"))
 
 
 def test_a_special_token_beyond_the_vocabulary_is_refused_in_the_text(config_of, folder, tmp_path, capsys) -> None:

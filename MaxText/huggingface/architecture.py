@@ -110,7 +110,8 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
         settings["rope_parameters"] |= LLAMA31
     made = transformers.AutoConfig.for_model(model_type, **settings)
     check_same(config, architecture(made))
-    made.architectures = [upstream.hf_utils.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    with upstream.silence():  # the first touch imports, and TensorFlow greets
+        made.architectures = [upstream.hf_utils.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     return made
 
 

@@ -160,8 +160,9 @@ def unused(stored: dict[str, Tensor], used: Iterable[Tensor]) -> list[str]:
 
     Left out: what else a model that sees is made of, and tables of angles, which early models stored.
     """
-    taken = {tensor.name for tensor in used}
-    prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in taken)), "")
+    taken = set(used)
+    prefix = next((start for start in PREFIXES if any(tensor.name.startswith(start) for tensor in taken)), "")
     sees = prefix != PREFIXES[-1]
-    own = [name for name in stored if not sees or name.startswith(prefix) or name in HEADS]
-    return sorted(name for name in own if name not in taken and not name.endswith("rotary_emb.inv_freq"))
+    left = (tensor.name for tensor in stored.values() if tensor not in taken)
+    own = (name for name in left if not sees or name.startswith(prefix) or name in HEADS)
+    return sorted(name for name in own if not name.endswith("rotary_emb.inv_freq"))

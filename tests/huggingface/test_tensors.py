@@ -93,7 +93,7 @@ def test_an_index_of_another_form_is_refused(index, tmp_path):
 def test_a_tied_model_is_its_table_by_whichever_name_it_is_stored(names, tmp_path):
     table = numbers("table")
     config, kept = tensors.with_its_head(TIED, stored(tmp_path, dict.fromkeys(names, table)))
-    assert config.tie_word_embeddings and kept.keys() == {TABLE}
+    assert config.tie_word_embeddings and kept.keys() == {TABLE} and tensors.unused(kept, kept.values()) == []
     np.testing.assert_array_equal(kept[TABLE].read(), table)
 
 

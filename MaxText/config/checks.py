@@ -150,6 +150,11 @@ def check_run(student: Any) -> None:
             f"expansion_factor_real_data={student.expansion_factor_real_data} eval_interval={student.eval_interval}: "
             "hosts that read no data cannot evaluate on it; allowed is one of the two"
         )
+    if "float8" in str(student.weight_dtype):
+        raise ConfigError(
+            f"weight_dtype={student.weight_dtype}: MaxText trains no parameters of 8 bits; allowed is float32 or "
+            "bfloat16 (a teacher may be held so: kd_teacher_overrides)"
+        )
     if student.elastic_enabled and not student.use_kd:
         raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
 

@@ -1,10 +1,10 @@
-"""Where MaxText's decoders meet the blockwise loss: hidden states out, heads as arrays, tokens and vocabulary sharded.
+"""Where MaxText's decoders meet the blockwise loss: hidden states and heads out, tokens and vocabulary sharded.
 
-A decoder here ends in its final norm. What follows (matrix, scale, soft cap, casts) is a projection function that the
-loss calls on blocks of tokens inside `jax.shard_map`. Under tensor parallelism the vocabulary stays sharded. Over the
-axes that shard the tokens, what is smaller travels: either each device walks its own tokens, with heads gathered once
-before the walk and their gradient reduced once after it; or heads stay sharded, and each block's hidden states are
-gathered.
+A decoder here ends in its final norm. What follows (matrix, scale, soft cap, casts) is the decoder's own output head,
+which the loss calls on blocks of tokens inside `jax.shard_map`. Under tensor parallelism the vocabulary stays sharded.
+Over the axes that shard the tokens, what is smaller travels: either each device walks its own tokens, with heads
+gathered once before the walk and their gradient reduced once after it; or heads stay sharded, and each block's hidden
+states are gathered.
 """
 
 # B batch, L positions, N tokens of one device, n tokens of a block, D width, V vocabulary
@@ -74,25 +74,37 @@ def normed_hidden_states(model: nnx.Module, reported: dict[str, Any], enable_dro
     return decoder.dropout(decoder.decoder_norm(hidden), deterministic=not enable_dropout)
 
 
-def head_of(model: nnx.Module, config: Any) -> Float[Array, "..."]:
-    """The head's matrix: [V, D] where it is the embedding table, else [D, V]."""
-    if config.logits_via_embedding:
-        return model.token_embedder.embedding.get_value()
-    return model.decoder.logits_dense.kernel.get_value()
+class OutputHead(nnx.Module):
+    """What MaxText's `apply_output_head` reads of a decoder, apart from the norm and the dropout, which come before."""
+
+    def __init__(self, model: Any):
+        is_tied = model.config.logits_via_embedding
+        self.config, self.mesh = model.config, model.mesh
+        self.token_embedder = model.token_embedder if is_tied else None
+        self.logits_dense = None if is_tied else model.decoder.logits_dense
+
+    def dropout(self, x: Array, deterministic: bool) -> Array:
+        return x
+
+    def __call__(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+        decoder: Any = upstream.nnx_decoders.NNXDecoder
+        return decoder.apply_output_head(self, self.token_embedder, hidden, True, "train", normalize_y=False)
 
 
-def project(config: Any, head: Float[Array, "..."], hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
-    """Logits of MaxText's `apply_output_head` after its norm and dropout, on one device, for a head sharded over V."""
-    dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
-    if config.logits_via_embedding:
-        logits = upstream.embeddings.attend_on_embedding(hidden, head, dtype, config)
-        if config.normalize_embedding_logits:
-            logits = logits / jnp.sqrt(hidden.shape[-1])
-        if config.final_logits_soft_cap:
-            logits = jnp.tanh(logits / config.final_logits_soft_cap) * config.final_logits_soft_cap
-    else:
-        logits = jnp.dot(hidden.astype(dtype), head.astype(dtype), precision=config.matmul_precision)
-    return logits.astype(jnp.float32) if config.cast_logits_to_fp32 else logits
+class Head(NamedTuple):
+    """A decoder's output head: static, and its arrays (a matrix [D, V] or the embedding table [V, D], and scales)."""
+
+    graphdef: nnx.GraphDef
+    arrays: nnx.State
+
+
+def head_of(model: nnx.Module) -> Head:
+    return Head(*nnx.split(OutputHead(model)))
+
+
+def project(graphdef: nnx.GraphDef, arrays: nnx.State, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+    """Logits as the decoder itself makes them of normed hidden states; of a shard of V where the arrays are of one."""
+    return nnx.merge(graphdef, arrays)(hidden)
 
 
 def of_no_width(head: Float[Array, "0 V"], hidden: Float[Array, "n 0"]) -> Float[Array, "n V"]:
@@ -113,6 +125,10 @@ def block_size(mesh: Mesh, config: Any, kd: Distillation) -> int:
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         layout = Layout(mesh, shape, config.vocab_size)
     return min(block_tokens(layout.vocab_share, kd), math.prod(shape) // size(mesh, layout.token_axes))
+
+
+# An array of a head -> its axis that is the vocabulary's.
+VOCABULARY_AXIS = {"embedding": 0, "kernel": 1, "kernel_scale": 1}
 
 
 class Layout:
@@ -145,9 +161,15 @@ class Layout:
         self.pooled_axes = pooled if pooled_tokens <= self.vocab_share else ()
         self.vocab_axes = tensor_axes + self.pooled_axes
 
-    def head(self, config: Any) -> Any:
-        vocab = self.vocab_axes or None
-        return PartitionSpec(vocab, None) if config.logits_via_embedding else PartitionSpec(None, vocab)
+    def head(self, arrays: nnx.State) -> Any:
+        """A PartitionSpec for each of a head's arrays, in its place."""
+
+        def spec(path: Any, array: Array) -> PartitionSpec:
+            axis = next(VOCABULARY_AXIS[part.key] for part in path if getattr(part, "key", None) in VOCABULARY_AXIS)
+            is_whole = array.ndim <= axis or array.shape[axis] == 1  # a scale of the whole matrix
+            return PartitionSpec() if is_whole else PartitionSpec(*[None] * axis, self.vocab_axes or None)
+
+        return jax.tree_util.tree_map_with_path(spec, arrays)
 
 
 def first_entry(mesh: Mesh, name: str) -> Any:
@@ -179,7 +201,7 @@ class Side(NamedTuple):
     """A model as the loss sees it: its configuration, its head and its normed hidden states."""
 
     config: Any
-    head: Float[Array, "..."]
+    head: Head
     hidden: Float[Array, "B L D"]
 
 
@@ -244,8 +266,8 @@ def kd_objective(
 
 def projection(side: Side, layout: Layout) -> tuple[Projection, Projection]:
     """The model as the walk takes it; and the same with how each array lies on the mesh in the array's place."""
-    model = Projection(side.hidden, side.head, functools.partial(project, side.config))
-    return model, dataclasses.replace(model, hidden=layout.hidden, head=layout.head(side.config))
+    model = Projection(side.hidden, side.head.arrays, functools.partial(project, side.head.graphdef))
+    return model, dataclasses.replace(model, hidden=layout.hidden, head=layout.head(side.head.arrays))
 
 
 def knowing_nothing(student: Side, layout: Layout) -> tuple[Projection, Projection]:

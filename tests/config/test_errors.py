@@ -161,6 +161,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["grain_worker_count=0", "dataset_type=hf"],
     ),
+    "parameters of 8 bits": (["weight_dtype=float8_e4m3fn"], ["weight_dtype=float8_e4m3fn", "kd_teacher_overrides"]),
     "no tfds data": (
         ["dataset_type=tfds", "dataset_path=/no/such", "dataset_name=c4/en:3.1.0"],
         ["dataset_type='tfds'", "dataset_path='/no/such'", "dataset_name='c4/en:3.1.0'"],

@@ -129,7 +129,7 @@ def logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
         restored = nnx.merge(teacher.graphdef, state, copy=True)
         reported = step.forward(restored, config, batch, enable_dropout=False)
         hidden = heads.normed_hidden_states(restored, reported, enable_dropout=False)
-        return heads.project(config, heads.head_of(restored, config), hidden)
+        return heads.project(*heads.head_of(restored), hidden)
 
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         return np.asarray(jax.jit(projected)(teacher.state))

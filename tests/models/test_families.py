@@ -157,7 +157,7 @@ class Specimen:
             model = nnx.merge(models.student, state, copy=True).model
             reported = step.forward(model, models.config, batch, enable_dropout=False)
             hidden = heads.flat(heads.normed_hidden_states(model, reported, enable_dropout=False))
-            return heads.flat(own), heads.project(models.config, heads.head_of(model, models.config), hidden)
+            return heads.flat(own), heads.project(*heads.head_of(model), hidden)
 
         own, projected = self.compiled(jax.jit(both), student.state)(student.state)
         return np.asarray(own), np.asarray(projected)

@@ -10,6 +10,7 @@ from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
 from MaxText.config import resolve
+from MaxText.config.teacher import resolve_teacher
 from MaxText.models import heads
 
 pytestmark = pytest.mark.e2e
@@ -26,23 +27,36 @@ HEADS = {
 }
 
 
+# Of a teacher: no student's weights are held so.
+FP8 = {
+    "fp8": {"weight_dtype": "float8_e4m3fn"},
+    "fp8, scales of blocks": {"weight_dtype": "float8_e4m3fn", "weight_block_size": 32},
+}
+
+
 def model_and_config(**keys):
     arguments = ["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())]
-    config = upstream.with_vocab_tiling(resolve.initialize(arguments).student)
+    run = resolve.initialize(arguments)
+    config = upstream.with_vocab_tiling(resolve_teacher(run, True) if run.kd.use_kd else run.student)
     mesh = upstream.maxtext_utils.get_mesh_from_config(config)
     create, _ = upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         return jax.jit(create)(), config
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", (*HEADS, *FP8))
 def test_the_projection_is_that_of_the_decoders_own_head(name):
-    model, config = model_and_config(**HEADS[name])
+    if name in FP8:
+        model, config = model_and_config(use_kd=True, kd_teacher_parameters_path="x", kd_teacher_overrides=FP8[name])
+        scale = model.decoder.logits_dense.kernel_scale
+        scale.set_value(jax.random.uniform(jax.random.key(1), scale.get_value().shape, minval=0.1, maxval=0.3))
+    else:
+        model, config = model_and_config(**HEADS[name])
     last = jax.random.normal(jax.random.key(0), (2, 5, config.emb_dim), jnp.float32).astype(config.dtype)
     with jax.set_mesh(model.mesh), logical_axis_rules(config.logical_axis_rules):
         expected = model.logits_from_hidden_states_for_vocab_tiling(last, True, "train")
         hidden = heads.normed_hidden_states(model, {"decoder": {"hidden_states": (last,)}}, enable_dropout=False)
-        got = heads.project(config, heads.head_of(model, config), heads.flat(hidden))
+        got = heads.project(*heads.head_of(model), heads.flat(hidden))
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(
         np.asarray(got, np.float32), np.asarray(heads.flat(expected), np.float32).astype(np.float32)

@@ -133,10 +133,10 @@ def dense_mtp_loss(lab, batch, alpha, **settings):
         reported = step.forward(model, config, batch, False)
         knowing = nnx.merge(models.teacher, teacher, copy=True)
         known = heads.normed_hidden_states(knowing, step.forward(knowing, teacher_config, batch, False), False)
-        logits = heads.project(teacher_config, heads.head_of(knowing, teacher_config), known)
+        logits = heads.project(*heads.head_of(knowing), known)
         segment, ce, kl, n = batch["inputs_segmentation"], 0.0, 0.0, 0
         for k, hidden in enumerate(reported["decoder"][heads.MTP_HIDDEN_STATES], start=1):
-            drafted = heads.project(config, heads.head_of(model, config), hidden)
+            drafted = heads.project(*heads.head_of(model), hidden)
             # MaxText asks for the last of the k steps alone to be within one document.
             is_step = ahead(segment, k) == ahead(segment, k - 1)
             valid = is_step & (ahead(segment, k - 1) > 0) & (ahead(batch["targets_segmentation"], k) > 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import EXPERTS
 from flax import nnx
+from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText.models import teacher as teacher_lib
@@ -93,3 +94,27 @@ def test_router_biases_come_back_although_they_are_no_parameters(request, tmp_pa
     for path, value in biases.items():
         assert np.any(value) and np.max(np.abs(value)) <= 6 * 0.0101  # six steps of the update rate at most
         np.testing.assert_array_equal(restored[path], value)  # in float32, whatever parameters are held in
+
+
+def test_a_teacher_of_8_bits_keeps_the_scales_of_its_weights(lab, teacher, tmp_path):
+    stored = nnx.traversals.flatten_mapping(ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]["params"])
+    quantised = {}
+    for path, weight in stored.items():
+        quantised[path] = weight
+        if path[-1] == "kernel":  # as large as 8 bits go, layer by layer where layers are stacked (along axis 1)
+            others = (0, *range(2, weight.ndim)) if "layers" in path else None
+            scale = np.abs(weight).max(axis=others, keepdims=True) / 448
+            quantised[path] = (weight / scale).astype(jax.numpy.float8_e4m3fn)
+            quantised[(*path[:-1], "kernel_scale")] = scale.reshape(-1 if "layers" in path else ())
+    tree = {"params": nnx.traversals.unflatten_mapping(quantised)}
+    teacher_lib.upstream.checkpointing.save_params_to_path(str(tmp_path / "saved"), tree)
+    overrides = "{weight_dtype: float8_e4m3fn, unquantized_modules: [token_embedder]}"
+    eighth = lab_lib.make(tmp_path, str(tmp_path / "saved/items"), kd_teacher_overrides=overrides)
+
+    def ce(lab):
+        batch = lab.student.data_loader.load_next_batch()
+        with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
+            _, metrics = lab.steps().train(jax.tree.map(jax.numpy.copy, lab.student.state), batch)
+        return float(metrics["scalar"]["learning/teacher_ce_loss"])
+
+    assert ce(eighth) == pytest.approx(ce(lab), rel=0.02)

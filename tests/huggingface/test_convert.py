@@ -306,14 +306,6 @@ def test_a_published_configuration_finds_its_preset(name):
     assert (found, changed.keys() - {"vocab_size", *GROUPS}) == (name, set())
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_configuration_comes_back_from_maxtexts_keys(name):
-    config = transformers.AutoConfig.for_model(**golden.read(name)[0])
-    preset, changed = presets.choose(config, PRESETS[name])
-    made = configuration(shapes.maxtext_config(preset, changed, True))
-    assert architecture(made) == architecture(config)
-
-
 def test_presets_by_whose_names_maxtext_routes_otherwise_are_no_candidates(monkeypatch):
     """A DeepSeek V3 smaller than any preset; of those with its decoder block some are other architectures."""
     config = transformers.AutoConfig.for_model(**golden.read("deepseek3")[0])
@@ -632,13 +624,24 @@ def test_a_conversion_that_is_refused_ends_with_one_message_and_status_2(tmp_pat
             "rope_type='default': Hugging Face's model of this kind has 'yarn'",
         ),
         ("tiny-llama", {"rope_linear_scaling_factor": 4.0}, "rope_linear_scaling_factor=4.0"),
-        ("tiny-llama", {"rope_min_timescale": 2}, "rope_min_timescale=2"),
-        ("tiny-llama", {"moba": True}, "moba=True"),
-        ("tiny-llama", {"use_untrainable_positional_embedding": True}, "use_untrainable_positional_embedding=True"),
+        pytest.param("tiny-llama", {"rope_min_timescale": 2}, "rope_min_timescale=2", marks=pytest.mark.slow),
+        pytest.param("tiny-llama", {"moba": True}, "moba=True", marks=pytest.mark.slow),
+        pytest.param(
+            "tiny-llama",
+            {"use_untrainable_positional_embedding": True},
+            "use_untrainable_positional_embedding=True",
+            marks=pytest.mark.slow,
+        ),
         ("tiny-qwen3", {"use_qk_norm": False}, "use_qk_norm=False"),
-        ("mixtral-8x7b", {"routed_score_func": "softmax"}, "routed_score_func='softmax'"),
-        ("gemma2-2b", {"local_rope_max_timescale": 500}, "local_rope_max_timescale=500"),
-        ("gemma2-2b", {"logits_via_embedding": False}, "logits_via_embedding=False"),
+        pytest.param(
+            "mixtral-8x7b", {"routed_score_func": "softmax"}, "routed_score_func='softmax'", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gemma2-2b", {"local_rope_max_timescale": 500}, "local_rope_max_timescale=500", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gemma2-2b", {"logits_via_embedding": False}, "logits_via_embedding=False", marks=pytest.mark.slow
+        ),
         ("gemma3-4b", {"normalization_layer_epsilon": 1e-3}, "normalization_layer_epsilon=0.001"),
     ],
     ids=str,

@@ -104,8 +104,9 @@ def taken_for_padding(config: Any) -> str:
             return ""
         key = f"mmap_eod_id={config.mmap_eod_id}"
         return f"{key}: grain_file_type=mmap takes it for padding, so it is never a target; mmap_npy does not"
-    kind = tokens.kind_of(config)
-    loaded = tokens.load("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)
+    kind, loaded = tokens.of_run(config)
+    if loaded is None:
+        return ""
     pad, *others = (getattr(loaded, f"{role}_id", None) for role in ("pad", "unk", "bos", "eos"))
     if pad is None:
         taken = others[0] if others[0] is not None or config.dataset_type != "grain" else 0

@@ -4,6 +4,7 @@ Left out on purpose: data that is given as tokens, which no tokenizer vouches fo
 (rows.py).
 """
 
+import contextlib
 from typing import Any
 
 from MaxText import upstream
@@ -19,9 +20,15 @@ def load(key: str, path: str, kind: str, access_token: str) -> Any:
         raise ConfigError(f"{key}={path!r}: no tokenizer of tokenizer_type={kind} ({first_line(error)})") from error
 
 
-def kind_of(config: Any) -> str:
-    """The tokenizer_type that a run's pipeline loads: the pipeline of hf knows but one."""
-    return "huggingface" if config.dataset_type == "hf" else config.tokenizer_type.value
+def of_run(config: Any) -> tuple[str, Any]:
+    """The tokenizer that a run's pipeline loads, and its tokenizer_type: the pipeline of hf knows but one.
+
+    None where there is no tokenizer: the pipeline says so, after what it finds wrong with the data.
+    """
+    kind = "huggingface" if config.dataset_type == "hf" else config.tokenizer_type.value
+    with contextlib.suppress(ConfigError):
+        return kind, load("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)
+    return kind, None
 
 
 # tokenizer_type -> what gives token id -> the token, as the tokenizer itself spells it.
@@ -49,8 +56,9 @@ def check_fits(config: Any) -> None:
     megatron = config.dataset_type == "grain" and config.grain_file_type in ("mmap", "mmap_npy")
     if config.dataset_type in ("synthetic", "olmo_grain") or megatron or not config.tokenize_train_data:
         return
-    kind = kind_of(config)
-    loaded = load("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)
+    kind, loaded = of_run(config)
+    if loaded is None:
+        return
     tokens = SPELLED[kind](loaded)
     beyond = sorted(i for i in tokens if i >= config.vocab_size)
     if not beyond:

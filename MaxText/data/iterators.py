@@ -2,9 +2,12 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 
 from MaxText import upstream
+
+TRACKER_IS_SILENT = "ignore:resource_tracker:UserWarning"
 
 
 @contextlib.contextmanager
@@ -15,17 +18,21 @@ def closed_at_the_end() -> Iterator[None]:
     reader that has failed may never end, so after a failure nothing is waited for.
     """
     # Batches that workers have made and nobody has read are cleaned up by Python's tracker, which gets these options.
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    if TRACKER_IS_SILENT not in sys.warnoptions:
+        sys.warnoptions.append(TRACKER_IS_SILENT)
     loading = upstream.multihost_dataloading
     loading.MultiHostDataLoadIterator.__del__ = lambda self: None
-    try:
-        yield
-    except Exception:
-        raise
-    except BaseException:  # interrupted
+    with warnings.catch_warnings():
+        # An iterator that is collected as garbage is closed at any time, that of the tracker's own work too.
+        warnings.filterwarnings("ignore", message="ResourceTracker called reentrantly")
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:  # interrupted
+            close_all()
+            raise
         close_all()
-        raise
-    close_all()
 
 
 def close_all() -> None:

@@ -10,6 +10,7 @@ _FORMS = [
     rf"eval after step \d+: ce {_NUMBER} \| .* tokens",
     r"warning: .*",
     r"checkpoints: .*",
+    r"W\d{4} [\d:.]+ +\d+ spmd_partitioner\.cc:.*",  # XLA, of a layout that makes it copy more than it would
     r"training stopped: .*",
     r"nothing left to do: .*",
     r"",

@@ -13,6 +13,7 @@ from MaxText import upstream
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
 from MaxText.data import faults, pipelines
+from MaxText.models import resumed
 
 
 @dataclasses.dataclass
@@ -39,7 +40,7 @@ def set_up(config: Any, recorder: Any) -> Student:
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
     """
-    with refusals_as_config_errors(config), pipelines.mended(config):
+    with misfits_by_name(config), refusals_as_config_errors(config), pipelines.mended(config):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
             upstream.train_utils.setup_train_loop(config, recorder)
@@ -70,6 +71,20 @@ def on_sharding(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and not x.is_fully_addressable:
         return jax.jit(lambda key: key, out_shardings=sharding)(x)
     return jax.device_put(x, sharding)
+
+
+@contextlib.contextmanager
+def misfits_by_name(config: Any) -> Iterator[None]:
+    """Where a run is refused because it would go on from another model's state, one array of that is named."""
+    try:
+        yield
+    except ConfigError as error:
+        misfit = ""
+        with contextlib.suppress(Exception):  # what cannot be compared was refused for what it is
+            misfit = resumed.misfit(config)
+        if misfit:
+            raise ConfigError(misfit) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -277,8 +277,7 @@ def train(
         logger.flush_metrics_and_cleanup()
     logger.check_has_learned()
     if config.save_checkpoint_on_completion or terminated:
-        with contextlib.suppress(upstream.exceptions.StopTraining):  # a termination signal, which stopped the loop
-            save(config, student, state, logger)
+        save(config, student, state, logger)
     if student.checkpoint_manager is not None:
         with failures.saving(config):
             upstream.checkpointing.wait_until_finished(student.checkpoint_manager)
@@ -293,20 +292,28 @@ def save(
     logger: "metrics_lib.MetricLogger",
     step_number: int | None = None,
 ) -> None:
-    """Saves if a save is due, after the last step (None) if it was not.
+    """Saves if a save is due, after the last step (None) if that is not saved.
 
     Before it the step's row is written, so that no restart misses it, and its state is known to be finite.
+
+    Raises:
+      StopTraining: another host has had a termination signal.
     """
     manager = student.checkpoint_manager
     if manager is None:
         return
-    if step_number is None or upstream.save_is_due(manager, config, step_number):
-        logger.flush()
-        if not logger.state_is_finite:
-            say("warning: not saved: the state is not finite")
-            return
+    iterator = student.data_iterator
     with failures.saving(config):
-        upstream.checkpointing.maybe_save_checkpoint(manager, state, config, student.data_iterator, step_number)
+        if step_number is None or upstream.save_is_due(manager, config, step_number):
+            logger.flush()
+            if not logger.state_is_finite:
+                say("warning: not saved: the state is not finite")
+            elif step_number is None:
+                upstream.save_last_step(manager, state, config, iterator)
+            else:
+                upstream.checkpointing.maybe_save_checkpoint(manager, state, config, iterator, step_number)
+        if step_number is not None:  # at each step, whatever came of it
+            upstream.stop_if_told(manager, step_number)
 
 
 def evaluation_is_due(config: Any, step_number: int) -> bool:

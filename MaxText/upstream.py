@@ -285,6 +285,27 @@ def save_is_due(manager: Any, config: Any, step: int) -> bool:
     return checkpointing._should_save_checkpoint_at_step(manager, step, config, False)
 
 
+def save_last_step(manager: Any, state: Any, config: Any, data_iterator: Any) -> None:
+    """Saves the step that was completed last, if it is not saved.
+
+    `maybe_save_checkpoint` without a step is for that, too, but leaves out step 0 and, where checkpoints are
+    continuous, whatever is a multiple of checkpoint_period.
+    """
+    checkpointing.wait_until_finished(manager)
+    step = int(state.optimizer.step) - 1
+    if step >= 0 and step not in checkpointing.all_steps(manager):
+        checkpointing.save_checkpoint(manager, step, state, config, data_iterator, force=True)
+        checkpointing.wait_until_finished(manager)
+
+
+def stop_if_told(manager: Any, step: int) -> None:
+    """Raises StopTraining after the step on which the hosts have agreed, one of them having had a termination signal.
+
+    `maybe_save_checkpoint` asks, too. The step is agreed on once: hosts that do not ask at each of them may miss it.
+    """
+    checkpointing._handle_post_checkpoint_preemption(manager, step, False)
+
+
 def plain_steps(config: Any, student: Any, data: Any, eval_data: Any, jit: Callable) -> tuple[Any, Any]:
     """The engine's own steps for training and evaluation, jitted as its `jit_train_and_eval_step` does, by our `jit`.
 

@@ -21,9 +21,12 @@ CALLS = {
     "checkpoint_context.build_context": (
         "| use_ocdbt use_zarr3 checkpoint_storage_concurrent_gb partial_load enable_single_replica_ckpt_restoring"
     ),
+    "checkpointing._handle_post_checkpoint_preemption": "checkpoint_manager step force_ckpt_save",
     "checkpointing._should_save_checkpoint_at_step": "checkpoint_manager step config force",
+    "checkpointing.all_steps": "checkpoint_manager",
     "checkpointing.latest_step": "checkpoint_manager",
     "checkpointing.maybe_save_checkpoint": "checkpoint_manager state config data_iterator step",
+    "checkpointing.save_checkpoint": "checkpoint_manager step state config data_iterator | force",
     "checkpointing.wait_until_finished": "checkpoint_manager",
     "data_processing_utils.get_tokenizer_and_pad_id": "config | add_bos add_eos",
     "gcs_utils.gcs_glob_pattern": "pattern",

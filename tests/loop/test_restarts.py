@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 
 import jax
 import numpy as np
@@ -25,11 +26,13 @@ from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import train as trainer
+from MaxText import upstream
 from MaxText.config.keys import ConfigError
-from MaxText.loop import failures, manifest
+from MaxText.loop import failures, manifest, termination
 
 pytestmark = pytest.mark.e2e
 
+CHECKPOINTING = "maxtext.common.checkpointing"
 STEPS = 120
 PERIOD = 20
 # The trainer, which says what it compiles. (JAX_LOG_COMPILES is read when jax is imported, before the fork.)
@@ -205,6 +208,53 @@ def test_a_terminated_run_saves_its_last_step_and_goes_on_as_if_nothing_had_been
     again = succeed(stopped.folder, keys)
     assert f"steps {last + 1} to {STEPS - 1} (resumed)" in again.output
     assert_equal(again, reference)
+
+
+@pytest.mark.parametrize(
+    ("keys", "last"),
+    [
+        ({"save_checkpoint_on_start": "false"}, 0),
+        # As long as a save is under way, orbax declines another.
+        ({"enable_continuous_checkpointing": "true", "checkpoint_period": 2}, 2),
+    ],
+    ids=str,
+)
+def test_the_last_step_before_a_termination_is_saved_whichever_it_is(keys, last, tmp_path, monkeypatch):
+    class Notice:
+        asked = 0
+
+        @property
+        def received(self):
+            self.asked += 1
+            return self.asked > last
+
+    monkeypatch.setattr(termination, "Notice", Notice)
+    if "enable_continuous_checkpointing" in keys:
+        decision = f"{CHECKPOINTING}._should_save_checkpoint_at_step"
+        monkeypatch.setattr(decision, lambda manager, step, config, force: force)
+    stopped = succeed(tmp_path / "run", keys)
+    assert last_step(stopped.output) == last and "training stopped: SIGTERM" in stopped.output
+    assert checkpoints(stopped.folder)[-1] == last
+
+
+@pytest.mark.parametrize("is_finite", (True, False))
+def test_hosts_ask_at_every_step_whether_they_are_to_stop(is_finite, monkeypatch):
+    asked = []
+
+    def reached_preemption(manager, step):
+        asked.append(step)
+        return step == 3
+
+    monkeypatch.setattr(f"{CHECKPOINTING}.reached_preemption", reached_preemption)
+    monkeypatch.setattr(f"{CHECKPOINTING}.maybe_save_checkpoint", lambda *arguments: None)
+    monkeypatch.setattr(f"{CHECKPOINTING}.wait_until_finished", lambda manager: None)
+    monkeypatch.setattr(upstream, "save_is_due", lambda manager, config, step: step % 2 == 1)
+    student = types.SimpleNamespace(checkpoint_manager=object(), data_iterator=None)
+    logger = types.SimpleNamespace(flush=lambda: None, state_is_finite=is_finite)
+    with pytest.raises(upstream.exceptions.StopTraining, match="SIGTERM"):
+        for step in range(9):
+            trainer.save(None, student, None, logger, step)
+    assert asked == [0, 1, 2, 3]
 
 
 def test_an_interrupted_run_says_so_in_one_line_and_goes_on_from_its_newest_checkpoint(whole, kd, tmp_path):

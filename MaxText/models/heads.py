@@ -146,7 +146,12 @@ class Layout:
     def __init__(self, mesh: Mesh, shape: tuple[int, ...], vocabulary: int):
         names = ("activation_embed_and_logits_batch", "activation_length")
         spec: Any = upstream.sharding.create_sharding(mesh, names).spec
-        axes = [dividing(mesh, entry, length) for entry, length in zip((*spec, None, None), shape, strict=False)]
+        by_row, by_position = (as_tuple(entry) for entry in (*spec, None, None)[:2])
+        rows = dividing(mesh, by_row, shape[0])
+        # Axes that the rows are too few for (per_device_batch_size below 1) split positions, or each of their devices
+        # would compute every token's loss.
+        left = tuple(axis for axis in by_row if axis not in rows)
+        axes = rows, dividing(mesh, (*by_position, *left), shape[1])
         self.tokens = PartitionSpec(*(entry or None for entry in axes))
         self.hidden: Any = PartitionSpec(*self.tokens, None)
         self.token_axes = axes[0] + axes[1]

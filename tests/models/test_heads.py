@@ -1,16 +1,23 @@
 """Laws of the heads: the blockwise loss projects as the decoder does, and its blocks fit the memory they are given."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMOKE
+from conftest import SMOKE, environment
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.teacher import resolve_teacher
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens
+from MaxText.distill.kd_loss import kd_sums
 from MaxText.models import heads
 
 pytestmark = pytest.mark.e2e
@@ -34,24 +41,25 @@ FP8 = {
 }
 
 
-def model_and_config(**keys):
-    arguments = ["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())]
-    run = resolve.initialize(arguments)
+def run_and_model(**keys):
+    """A run, and its student; its teacher where there is one."""
+    run = resolve.initialize(["train.py", SMOKE, *(f"{key}={value}" for key, value in keys.items())])
     config = upstream.with_vocab_tiling(resolve_teacher(run, True) if run.kd.use_kd else run.student)
     mesh = upstream.maxtext_utils.get_mesh_from_config(config)
     create, _ = upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
-        return jax.jit(create)(), config
+        return run, jax.jit(create)()
 
 
 @pytest.mark.parametrize("name", (*HEADS, *FP8))
 def test_the_projection_is_that_of_the_decoders_own_head(name):
     if name in FP8:
-        model, config = model_and_config(use_kd=True, kd_teacher_parameters_path="x", kd_teacher_overrides=FP8[name])
+        _, model = run_and_model(use_kd=True, kd_teacher_parameters_path="x", kd_teacher_overrides=FP8[name])
         scale = model.decoder.logits_dense.kernel_scale
         scale.set_value(jax.random.uniform(jax.random.key(1), scale.get_value().shape, minval=0.1, maxval=0.3))
     else:
-        model, config = model_and_config(**HEADS[name])
+        _, model = run_and_model(**HEADS[name])
+    config = model.config
     last = jax.random.normal(jax.random.key(0), (2, 5, config.emb_dim), jnp.float32).astype(config.dtype)
     with jax.set_mesh(model.mesh), logical_axis_rules(config.logical_axis_rules):
         expected = model.logits_from_hidden_states_for_vocab_tiling(last, True, "train")
@@ -64,7 +72,7 @@ def test_the_projection_is_that_of_the_decoders_own_head(name):
 
 
 def test_a_decoder_that_ends_in_hidden_states_has_the_same_state():
-    model, _ = model_and_config()
+    _, model = run_and_model()
     graphdef, state = nnx.split(model)
     changed = heads.ends_in_hidden_states(graphdef, state)
     assert jax.tree.structure(nnx.state(nnx.merge(changed, state))) == jax.tree.structure(state)
@@ -80,3 +88,44 @@ def test_a_block_fits_its_budget(vocabulary, mib, top_p):
     copies = 4 if top_p else 3
     assert tokens % 8 == 0 and tokens * copies * vocabulary * 4 <= mib * 2**20
     assert (tokens + 128) * copies * vocabulary * 4 > mib * 2**20
+
+
+def objective_and_flops(rows, length=32):
+    """Of random hidden states on four devices: what the loss is and its gradient, by devices and as defined; FLOPs."""
+    keys = {"use_kd": True, "kd_teacher_parameters_path": "x", "kd_temperature": 2.0}
+    run, model = run_and_model(per_device_batch_size=rows / 4, max_target_length=length, **keys)
+    config, weights = run.student, Weights(alpha=jnp.float32(0.7), temperature=jnp.float32(2), z_weight=1e-3)
+    random = jax.random.split(jax.random.key(0), 4)
+    student, teacher = (jax.random.normal(key, (rows, length, config.emb_dim)) for key in random[:2])
+    targets = jax.random.randint(random[2], (rows, length), 0, config.vocab_size)
+    tokens = Tokens(targets, jax.random.uniform(random[3], (rows, length)) < 0.7)
+    head = heads.head_of(model)
+
+    def by_devices(student):
+        sides = (heads.Side(config, head, hidden) for hidden in (student, teacher))
+        return heads.kd_objective(model.mesh, run.kd, *sides, tokens, weights, evaluation=False)[0]
+
+    def defined(student):
+        logits = (heads.project(*head, hidden) for hidden in (student, teacher))
+        sums = kd_sums(*logits, *tokens, temperature=weights.temperature)
+        return 0.3 * sums.ce_sum + 0.7 * sums.kd_sum + weights.z_weight * sums.log_z_sq_sum
+
+    with jax.set_mesh(model.mesh), logical_axis_rules(config.logical_axis_rules):
+        program = jax.jit(jax.value_and_grad(by_devices)).lower(student).compile()
+        return program(student), jax.value_and_grad(defined)(student), program.cost_analysis()["flops"]
+
+
+def check_few_rows():
+    flops = {}
+    for rows in (2, 4):
+        got, expected, flops[rows] = objective_and_flops(rows)
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+        np.testing.assert_allclose(got[1], expected[1], atol=1e-5 * np.abs(expected[1]).max())
+    assert flops[2] < 0.6 * flops[4], flops
+
+
+def test_a_token_s_loss_is_computed_by_one_device_also_where_there_are_more_devices_than_rows():
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))}
+    command = [sys.executable, "-c", "import test_heads; test_heads.check_few_rows()"]
+    process = subprocess.run(command, env=os.environ | environment(4) | paths, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]

@@ -303,15 +303,17 @@ def save(
     if manager is None:
         return
     iterator = student.data_iterator
+    is_due = step_number is None or upstream.save_is_due(manager, config, step_number)
+    if is_due:
+        logger.flush()  # may say that the run has diverged
+    if is_due and not logger.state_is_finite:
+        say("warning: not saved: the state is not finite")
+        is_due = False
     with failures.saving(config):
-        if step_number is None or upstream.save_is_due(manager, config, step_number):
-            logger.flush()
-            if not logger.state_is_finite:
-                say("warning: not saved: the state is not finite")
-            elif step_number is None:
-                upstream.save_last_step(manager, state, config, iterator)
-            else:
-                upstream.checkpointing.maybe_save_checkpoint(manager, state, config, iterator, step_number)
+        if is_due and step_number is None:
+            upstream.save_last_step(manager, state, config, iterator)
+        elif is_due:
+            upstream.checkpointing.maybe_save_checkpoint(manager, state, config, iterator, step_number)
         if step_number is not None:  # at each step, whatever came of it
             upstream.stop_if_told(manager, step_number)
 

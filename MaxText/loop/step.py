@@ -95,9 +95,9 @@ def train_step(
     if config.routed_bias and config.routed_bias_update_rate > 0:
         add_routed_bias_updates(train_state.model, aux["intermediate_outputs"], config)
     if config.use_qk_clip:
-        clip = upstream.qk_clip_utils
-        train_state = clip.apply_qk_clip_nnx(train_state, aux["intermediate_outputs"], config)
-        largest = clip.calculate_max_logit_metric(aux["intermediate_outputs"])
+        reported = aux["intermediate_outputs"]
+        train_state = upstream.qk_clip_utils.apply_qk_clip_nnx(train_state, reported, config)
+        largest = upstream.qk_clip_utils.calculate_max_logit_metric(reported)
         if largest is not None:
             metrics["learning/max_logits"] = largest
     metrics["learning/param_norm"] = upstream.max_utils.l2norm_pytree(nnx.state(train_state.model, nnx.Param))

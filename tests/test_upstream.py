@@ -115,7 +115,7 @@ CALLS = {
     "to_maxtext.get_maxtext_model_info": "config",
     "train_state_nnx.TrainStateNNX.__init__": "self model optimizer",
     "train_state_nnx.TrainStateNNX.apply_gradients": "self grads | **kwargs",
-    "train_state_nnx.to_checkpoint_dict": "nnx_state",
+    "train_state_nnx.to_checkpoint_dict": "state",
     "train_utils.create_training_optimizer": "config model | mesh",
     "train_utils.jit_train_step": (
         "config model state state_mesh_shardings data_sharding train_step params_shardings | mesh"

@@ -138,7 +138,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "other batch": ([*KD, "kd_teacher_overrides={max_target_length: 16}"], ["max_target_length", "16", "32"]),
     "metrics file in no folder": (["metrics_file=/dev/null/metrics.jsonl"], ["metrics_file='/dev/null/metrics.jsonl'"]),
     "a run that went further": (
-        ["run_name=teacher", "base_output_directory={runs}", "steps=3"],
+        ["run_name=teacher", "base_output_directory={again}", "steps=3"],
         ["already exists at step 5"],
     ),
     "no grain data": (
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a run that would go on as another model": (
         [
-            "base_output_directory={runs}",
+            "base_output_directory={again}",
             "run_name=teacher",
             "override_model_config=true",
             "base_mlp_dim=96",
@@ -172,11 +172,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["run_name=teacher", "decoder/layers/mlp/wi_0/kernel is (64, 2, 128)", "(64, 2, 96)"],
     ),
     "a run that would go on with another optimizer": (
-        ["base_output_directory={runs}", "run_name=teacher", "opt_type=sgd", "steps=9"],
+        ["base_output_directory={again}", "run_name=teacher", "opt_type=sgd", "steps=9"],
         ["run_name=teacher", "optimizer", "opt_state/1/count", "not there"],
     ),
     "the state of another model": (
-        ["load_full_state_path={teacher}/5/items", "override_model_config=true", "base_mlp_dim=96"],
+        ["run_name=foreign", "load_full_state_path={teacher}/5/items", "override_model_config=true", "base_mlp_dim=96"],
         ["load_full_state_path=", "decoder/layers/mlp/wi_0/kernel is (64, 2, 128)", "(64, 2, 96)"],
     ),
     "parameters of 8 bits": (["weight_dtype=float8_e4m3fn"], ["weight_dtype=float8_e4m3fn", "kd_teacher_overrides"]),
@@ -225,6 +225,8 @@ def folders(teacher, tmp_path_factory):
     names = {name: base / name for name in ("empty", "out", *DAMAGED, "without_params", "poisoned")}
     names |= {"teacher": pathlib.Path(teacher), "runs": pathlib.Path(teacher).parents[1]}
     names["tokenizers"] = pathlib.Path(maxtext.__path__[0]) / "assets/tokenizers"
+    names["again"] = base / "again"  # the teacher's run, for cases that go on with it
+    shutil.copytree(names["runs"] / "teacher", names["again"] / "teacher")
     names["empty"].mkdir()
     for name in DAMAGED:
         shutil.copytree(names["teacher"] / "5", names[name] / "5")

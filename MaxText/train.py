@@ -354,7 +354,7 @@ def evaluate(
         if 0 < config.eval_steps <= count:
             break
     if count == 0:
-        say("warning: the evaluation data holds no full batch: nothing was evaluated")
+        say("warning: the evaluation data holds no row: nothing was evaluated")
     logger.finish_evaluation(step_number)
 
 

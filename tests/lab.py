@@ -1,11 +1,14 @@
 """Student, teacher and batches in this process, for tests that look inside a step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from conftest import SMOKE
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
 
 from MaxText import train, upstream
 from MaxText.config import resolve
@@ -30,6 +33,23 @@ class Lab:
         graphdef = heads.ends_in_hidden_states(self.student.graphdef, self.student.state)
         config, kd, mesh = self.run.student, self.run.kd, self.student.mesh
         return step.Models(config, graphdef, self.teacher.config, self.teacher.graphdef, kd, mesh)
+
+    def under(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's result, compiled as the train step is: on the run's mesh, by its rules."""
+        with jax.set_mesh(self.student.mesh), logical_axis_rules(self.run.student.logical_axis_rules):
+            return jax.jit(function)(*arguments)
+
+    def sums_and_gradient(self, batch: dict[str, jax.Array], of: Callable[..., Any] = lambda loss, aux: loss) -> Any:
+        """(of(loss, aux), the sums) of a training batch, and the gradient of `of` for the student's parameters."""
+        models = self.models
+        graphdef, params, rest = nnx.split(nnx.merge(models.student, self.student.state).model, nnx.Param, ...)
+
+        def value(params: nnx.State, teacher: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            loss, aux = step.distillation_loss(models, model, teacher, batch, True, *models.schedules.at(0))
+            return of(loss, aux), aux["sums"]
+
+        return self.under(jax.value_and_grad(value, has_aux=True), params, self.teacher.state)
 
     def steps(self) -> train.Steps:
         return train.compile_steps(self.run.student, self.run.kd, self.student, self.teacher)

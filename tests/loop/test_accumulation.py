@@ -12,7 +12,6 @@ import lab as lab_lib
 import numpy as np
 import pytest
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 
 from MaxText.loop import step
 
@@ -42,15 +41,10 @@ def expert_teacher(experts):
     return str(experts.folder / "checkpoints")
 
 
-def under(lab, function, *arguments):
-    with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
-        return jax.jit(function)(*arguments)
-
-
 def update(lab, batch):
     """Metrics of one step, and what it moved every variable of the model by."""
     run = functools.partial(step.train_step, lab.models, lab.student.params_shardings)
-    after, output = under(lab, run, lab.student.state, lab.teacher.state, batch)
+    after, output = lab.under(run, lab.student.state, lab.teacher.state, batch)
     return output["scalar"], moved(lab.student.state, after)
 
 
@@ -74,7 +68,7 @@ def logged_loss_and_its_gradient(lab, batch):
             totals = {name: value + totals.get(name, 0) for name, value in aux["sums"].items()}
         return step.training_metrics(models, totals)["learning/loss"]
 
-    return under(lab, jax.value_and_grad(logged), params, lab.teacher.state)
+    return lab.under(jax.value_and_grad(logged), params, lab.teacher.state)
 
 
 def assert_logged_is_optimised(lab, batch):
@@ -143,7 +137,7 @@ def test_the_routers_of_a_dense_students_teacher_add_nothing(make, expert_teache
             loss, aux = step.distillation_loss(lab.models, model, teacher, batch, True, *lab.models.schedules.at(0))
             return aux["sums"] | {"loss": loss}
 
-        return under(lab, run, lab.student.state, lab.teacher.state)
+        return lab.under(run, lab.student.state, lab.teacher.state)
 
     keys = MATRICES | {"kd_teacher_model_name": "deepseek3-mini"}
     loud = "{load_balance_loss_weight: 5.0, routed_bias_update_rate: 5.0}"

@@ -59,8 +59,7 @@ def metrics_of(lab, batch, **kd):
         _, aux = step.distillation_loss(models, model, teacher, batch, True, *models.schedules.at(0))
         return step.training_metrics(models, aux["sums"])
 
-    with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
-        return jax.jit(run)(lab.student.state, lab.teacher.state, batch)
+    return lab.under(run, lab.student.state, lab.teacher.state, batch)
 
 
 @pytest.fixture(scope="module")

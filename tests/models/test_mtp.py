@@ -44,22 +44,9 @@ def packed_batch(lab):
     return batch
 
 
-def under(lab, function, *arguments):
-    with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
-        return jax.jit(function)(*arguments)
-
-
 def mtp_loss(lab, batch):
     """(mtp_loss, the sums) of our loss, and the gradient of mtp_loss."""
-    models = lab.models
-    graphdef, params, rest = nnx.split(nnx.merge(models.student, lab.student.state).model, nnx.Param, ...)
-
-    def loss(params, teacher):
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        _, aux = step.distillation_loss(models, model, teacher, batch, True, *models.schedules.at(0))
-        return aux["mtp_loss"], aux["sums"]
-
-    return under(lab, jax.value_and_grad(loss, has_aux=True), params, lab.teacher.state)
+    return lab.sums_and_gradient(batch, of=lambda loss, aux: aux["mtp_loss"])
 
 
 def engines(lab, batch, result, transform=jax.value_and_grad):
@@ -81,7 +68,7 @@ def engines(lab, batch, result, transform=jax.value_and_grad):
             reported[kind.__name__] = nnx.pop(model, kind).to_pure_dict()
         return result(reported, lab.run.student)
 
-    return under(lab, transform(loss), params)
+    return lab.under(transform(loss), params)
 
 
 def assert_same_gradient(got, expected):
@@ -146,7 +133,7 @@ def dense_mtp_loss(lab, batch, alpha, **settings):
             n += valid.sum()
         return config.mtp_loss_scaling_factor * ((1 - alpha) * ce + alpha * kl) / n, (ce / n, kl / n)
 
-    return under(lab, jax.value_and_grad(loss, has_aux=True), params, lab.teacher.state)
+    return lab.under(jax.value_and_grad(loss, has_aux=True), params, lab.teacher.state)
 
 
 def test_the_heads_learn_the_teachers_next_token_where_their_predictions_lie(make):
@@ -181,7 +168,7 @@ def test_no_logits_of_an_mtp_head_exist(make, alpha):
 def test_distilled_heads_log_both_parts_of_their_loss(make):
     lab = make(kd_mtp_alpha=0.4, gradient_accumulation_steps=2)
     run = functools.partial(step.train_step, lab.models, lab.student.params_shardings)
-    _, output = under(lab, run, lab.student.state, lab.teacher.state, lab_lib.padded_batch(rows=8))
+    _, output = lab.under(run, lab.student.state, lab.teacher.state, lab_lib.padded_batch(rows=8))
     parts = {name: float(output["scalar"][f"learning/mtp_{name}"]) for name in ("loss", "ce_loss", "kd_loss")}
     assert parts["kd_loss"] > 0
     assert parts["loss"] == pytest.approx(0.3 * (0.6 * parts["ce_loss"] + 0.4 * parts["kd_loss"]), rel=1e-5)

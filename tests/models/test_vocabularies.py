@@ -8,12 +8,10 @@ import maxtext
 import numpy as np
 import pytest
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
-from MaxText.loop import step
 from MaxText.models import vocabularies
 
 pytestmark = pytest.mark.e2e
@@ -43,16 +41,7 @@ def padded_teacher(teacher, tmp_path_factory):
 
 
 def sums_and_gradient(lab, batch):
-    models = lab.models
-    graphdef, params, rest = nnx.split(nnx.merge(models.student, lab.student.state).model, nnx.Param, ...)
-
-    def loss(params, teacher):
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        loss, aux = step.distillation_loss(models, model, teacher, batch, True, *models.schedules.at(0))
-        return loss, aux["sums"]
-
-    with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
-        (_, sums), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, lab.teacher.state)
+    (_, sums), gradient = lab.sums_and_gradient(batch)
     return jax.device_get((sums, nnx.to_pure_dict(gradient)))
 
 

@@ -95,8 +95,8 @@ def test_the_acceptance_rate_is_the_engines_own(make, depth):
     # The learning rate's first steps leave a student that agrees with itself here and there.
     lab = make(mtp_eval_target_module=depth)
     batch = packed_batch(lab)
-    scalars = under(
-        lab, lambda *arguments: step.eval_step(lab.models, *arguments), lab.student.state, lab.teacher.state, batch
+    scalars = lab.under(
+        lambda *arguments: step.eval_step(lab.models, *arguments), lab.student.state, lab.teacher.state, batch
     )["scalar"]
     rate = upstream.multi_token_prediction.calculate_mtp_acceptance_rate
     expected = engines(lab, batch, rate, transform=lambda rate: rate)

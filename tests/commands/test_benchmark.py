@@ -97,6 +97,7 @@ def assert_table_shows(report: dict[str, Any], output: str) -> None:
         assert shown[7] == f"{entry['temp_bytes'] / 2**20:.1f}"
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_loss_rows_are_all_there_and_blocks_need_less_memory_than_dense_logits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

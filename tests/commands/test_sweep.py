@@ -260,6 +260,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(write, tmp_path, 
     assert "status 3" in folders.train(run, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_two_points_are_trained_and_compared(write, tmp_path):
     """One of the points has a fault that only the trainer can find: it fails, and the other is there."""

@@ -12,6 +12,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import upstream
 from MaxText.config import resolve
+from MaxText.models import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
 
@@ -125,11 +126,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_loses_no_row(kd_run, tra
     np.testing.assert_allclose(again.column("learning/loss"), kd_run.column("learning/loss"), rtol=1e-6)
 
 
-def test_relative_paths_are_taken_from_the_working_folder(train, teacher, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    keys = {"base_output_directory": os.path.relpath(tmp_path, ROOT), "metrics_file": tmp_path / "metrics.jsonl"}
-    train("relative", **KD, kd_teacher_parameters_path=os.path.relpath(teacher, ROOT), **keys)
-    assert (tmp_path / "relative/checkpoints/5/items").exists()
+def test_relative_paths_are_taken_from_the_working_folder(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = resolve.initialize(["train.py", SMOKE, "base_output_directory=out", "run_name=relative"])
+    assert run.student.checkpoint_dir == f"{tmp_path}/out/relative/checkpoints/"
+    found = teacher_lib.find_checkpoint(os.path.relpath(teacher))
+    assert found.root == teacher_lib.find_checkpoint(str(teacher)).root
 
 
 def test_a_teacher_of_another_family_teaches(train, tmp_path):

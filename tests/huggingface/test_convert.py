@@ -54,7 +54,7 @@ PRESETS = {
     "gemma2": "gemma2-2b",
     "gemma3": "gemma3-4b",
 }
-DEFAULT = ("llama3", "gemma3")
+DEFAULT = ("llama3",)
 FAMILIES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in PRESETS]
 VOCABULARY = golden.SMALL["vocab_size"]
 

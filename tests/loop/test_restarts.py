@@ -345,6 +345,7 @@ def test_a_resumed_run_is_refused_another_teacher_and_other_settings_unless_allo
     assert "kd_alpha: 0.75 before, 0.5 now" in refusal_to_go_on(folder, keys | {"steps": STEPS + 10, "kd_alpha": 0.5})
 
 
+@pytest.mark.slow
 def test_a_moved_teacher_and_another_block_size_are_no_change(whole, kd, tmp_path):
     moved = shutil.copytree(kd["kd_teacher_parameters_path"], tmp_path / "moved")
     folder = copy(whole.folder, tmp_path)

@@ -115,6 +115,7 @@ def test_every_row_blends_its_terms_by_its_own_alpha_down_to_zero(moving):
     assert "a = 0.9 to 0 (linear), T = 4 to 1 (cosine)" in moving.output
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_resumed_run_has_the_schedule_of_the_uninterrupted_one(moving, train, teacher):
     keys = dict(kd_teacher_parameters_path=teacher, eval_interval=2, eval_steps=1, checkpoint_period=2)

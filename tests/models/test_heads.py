@@ -124,6 +124,7 @@ def check_few_rows():
     assert flops[2] < 0.6 * flops[4], flops
 
 
+@pytest.mark.slow
 def test_a_token_s_loss_is_computed_by_one_device_also_where_there_are_more_devices_than_rows():
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))}
     command = [sys.executable, "-c", "import test_heads; test_heads.check_few_rows()"]

@@ -62,6 +62,7 @@ def test_distillation_sees_nothing_of_the_tokens_that_are_not_shared(tmp_path, t
     assert np.all(columns[240:] == 0) and np.all(columns[:240] > 0)
 
 
+@pytest.mark.slow
 def test_a_student_of_another_padding_that_knows_what_its_teacher_knows_has_nothing_to_learn(tmp_path, padded_teacher):
     keys = TRUNCATION | {"kd_vocab_size": 240, "vocab_size": 240, "override_model_config": "true"}
     lab = lab_lib.make(tmp_path, padded_teacher(300), **keys, load_parameters_path=padded_teacher(240))

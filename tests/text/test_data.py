@@ -183,6 +183,7 @@ def hf_keys(kind: str, files: dict[str, str], tokenizer: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_hf_counts_each_text_in_a_row_of_its_own(student, files, letters_folder) -> None:
     result = student("hf", packing=False, **hf_keys("json", files, letters_folder), grain_worker_count=0)
     assert counted(result) == by_step(in_rows(with_end(TRAIN)))

@@ -251,6 +251,8 @@ def test_a_mark_that_the_tokenizer_lacks_is_not_written(config_of, folder, tmp_p
     rows = rows_of(config_of(**keys, tokenizer_type="sentencepiece", use_truncation=False, packing=False), "train")
     lengths = [len(piece) for row in pieces_of(rows) for piece in row]
     assert sum(lengths) == sum(len(text) + 1 for text in TRAIN)
+    counted = rows["inputs_segmentation"] != 0
+    assert counted[counted.any(axis=1), 0].all()  # each begins where its row does, behind nothing
 
 
 def test_worker_processes_are_given_what_this_one_has() -> None:

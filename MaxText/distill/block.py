@@ -2,8 +2,9 @@
 
 # n tokens of a block, V vocabulary (or one device's shard of it, or a chunk of that)
 
-Three visits of the logits: maxima, sums, gradient. Only the last one writes an array of their size: weights are
-recomputed rather than stored, and the kept set is a comparison.
+What any block is asked, and the block of a teacher whose logits are at hand. Three visits of the logits: maxima, sums,
+gradient. Only the last one writes an array of their size: weights are recomputed rather than stored, and the kept set
+is a comparison.
 
 With s = softmax(z) of the student's logits z, log_z their log-sum-exp and y the target's one-hot vector, the gradient
 with respect to z at a valid token is
@@ -15,7 +16,7 @@ where the slope is the divergence's.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from MaxText.distill.divergences import Divergence, Logits, PerPosition, PerToken, Scale, Sums
 from MaxText.distill.kd_loss import KDSums
-from MaxText.distill.teacher_side import TeacherBlock
-from MaxText.distill.truncation import Scalar
+from MaxText.distill.truncation import KeptBound, Scalar
 from MaxText.distill.vocabulary import Vocabulary
 
 
@@ -41,6 +41,75 @@ class Weights(NamedTuple):
     z_weight: Scalar = 0.0
 
 
+class Asked(NamedTuple):
+    """What is asked of every block; static.
+
+    evaluation: also take kl_t1_sum and agreement_sum, where the teacher's side knows them.
+    """
+
+    divergence: Divergence
+    vocabulary: Vocabulary
+    evaluation: bool
+
+
+class Pulls(NamedTuple):
+    """Per token, what the gradient's visit multiplies its exponentials by; 0 for tokens that do not count."""
+
+    by_student: PerPosition  # the student's weights at T = 1
+    hard: PerPosition  # the target's one-hot vector
+    soft: PerPosition  # the divergence's slope
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentBlock:
+    """n tokens with the student's logits, and what is asked of them."""
+
+    logits: PerToken
+    targets: Int[Array, "n 1"]
+    is_valid: Bool[Array, "n 1"]
+    weights: Weights
+    asked: Asked
+
+    def pulls(self, log_z: PerPosition, total: PerPosition) -> Pulls:
+        """`total` is the sum of the student's weights at T = 1, `log_z` the log-sum-exp that they belong to."""
+        alpha, temperature, z_weight = self.weights
+        hard = jnp.where(self.is_valid, 1.0 - alpha, 0.0)
+        log_z_pull = jnp.where(self.is_valid, 2.0 * z_weight * log_z, 0.0)
+        return Pulls((hard + log_z_pull) / total, hard, jnp.where(self.is_valid, alpha * temperature, 0.0))
+
+    def summed(self, per_token: KDSums) -> KDSums:
+        """Over the valid tokens."""
+        return jax.tree.map(lambda values: jnp.sum(jnp.where(self.is_valid, values, 0.0)), per_token)
+
+
+class LossBlock(Protocol):
+    """n tokens with all that is known of both models."""
+
+    def sums(self) -> KDSums: ...
+
+    def sums_and_gradient(self) -> tuple[KDSums, PerToken]: ...
+
+
+class TeacherLogits(NamedTuple):
+    """What a teacher that runs beside the student says of a block's tokens.
+
+    logits: raw, float32; -inf for tokens without mass, those among them that the models do not share.
+    bound: of the kept set K; None where K is all that is shared.
+    shared: how many of the first token ids both models have; None where it is all.
+    """
+
+    logits: Float[Array, "n V"]
+    bound: KeptBound | None
+    shared: int | None
+
+    def is_shared(self, ids: Int[Array, "1 V"]) -> Bool[Array, "1 V"]:
+        return jnp.ones_like(ids, dtype=bool) if self.shared is None else ids < self.shared
+
+    def is_kept(self, ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> Bool[Array, "n V"]:
+        """Membership in K, for some of the tokens and their logits in `logits`."""
+        return jnp.ones_like(logits, dtype=bool) if self.bound is None else self.bound.keeps(logits, ids)
+
+
 class _AtT1(NamedTuple):
     """What an evaluation sums besides, at T = 1, as arrays of tokens and as sums over them."""
 
@@ -52,33 +121,30 @@ class _Reduced(NamedTuple):
     """All that the visits before the gradient's took."""
 
     scale: Scale
+    student_total: PerPosition  # the sum of weights at T = 1
+    teacher_total: PerPosition
     sums: Sums
     shared_maximum: PerPosition | None  # the student's, among the tokens that both models have; for an evaluation
     at_t1: _AtT1 | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """n tokens with both models' logits, and what is asked of them.
+class LiveBlock:
+    """n tokens with both models' logits."""
 
-    evaluation: also take kl_t1_sum and agreement_sum.
-    """
+    student: StudentBlock
+    teacher: TeacherLogits
 
-    student: PerToken
-    teacher: TeacherBlock
-    targets: Int[Array, "n 1"]
-    is_valid: Bool[Array, "n 1"]
-    weights: Weights
-    divergence: Divergence
-    vocabulary: Vocabulary
-    evaluation: bool
+    @property
+    def _both(self) -> tuple[PerToken, PerToken]:
+        return self.student.logits, self.teacher.logits
 
     def sums(self) -> KDSums:
         return self._totals(self._reduced())
 
     def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
         reduced = self._reduced()
-        return self._totals(reduced), self._gradient(reduced.scale, reduced.sums)
+        return self._totals(reduced), self._gradient(reduced)
 
     def _logits(self, ids: Int[Array, "1 V"], student: PerToken, teacher: PerToken) -> Logits:
         return Logits(
@@ -93,64 +159,61 @@ class Block:
         self, reduce: Callable[..., PyTree[PerPosition]], terms: Callable[[Logits], PyTree[PerToken]]
     ) -> PyTree[PerPosition]:
         """`reduce` is one of the vocabulary's; it goes over all tokens, maybe chunk by chunk."""
-        return reduce(lambda *chunk: terms(self._logits(*chunk)), self.student, self.teacher.logits)
+        return reduce(lambda *chunk: terms(self._logits(*chunk)), *self._both)
 
     def _reduced(self) -> _Reduced:
+        divergence, vocabulary, _ = self.student.asked
         scale, shared_maximum = self._maxima()
 
-        def terms(logits: Logits) -> tuple[Sums, _AtT1 | None]:
+        def terms(logits: Logits) -> tuple[PerToken, PerToken, Sums, _AtT1 | None]:
             p = jnp.exp(scale.log_weight(logits.teacher, scale.teacher))
-            shared = Sums(
-                student=jnp.exp(logits.student - scale.student),
-                teacher=jnp.exp(logits.teacher - scale.teacher),
-                p=p,
-                p_kept=jnp.where(logits.is_kept, p, 0.0),
-                own=self.divergence.terms(logits, scale),
+            return (
+                jnp.exp(logits.student - scale.student),
+                jnp.exp(logits.teacher - scale.teacher),
+                Sums(p=p, p_kept=jnp.where(logits.is_kept, p, 0.0), own=divergence.terms(logits, scale)),
+                None if shared_maximum is None else _terms_at_t1(logits, scale, shared_maximum),
             )
-            return shared, None if shared_maximum is None else _terms_at_t1(logits, scale, shared_maximum)
 
-        sums, at_t1 = self._visit(self.vocabulary.sums, terms)
-        normalized = self._visit(
-            self.vocabulary.sums, lambda logits: self.divergence.normalized_terms(logits, scale, sums)
-        )
-        return _Reduced(scale, sums._replace(normalized=normalized), shared_maximum, at_t1)
+        student_total, teacher_total, sums, at_t1 = self._visit(vocabulary.sums, terms)
+        normalized = self._visit(vocabulary.sums, lambda logits: divergence.normalized_terms(logits, scale, sums))
+        sums = sums._replace(normalized=normalized)
+        return _Reduced(scale, student_total, teacher_total, sums, shared_maximum, at_t1)
 
     def _maxima(self) -> tuple[Scale, PerPosition | None]:
-        def terms(logits: Logits) -> tuple[PerToken, PerToken, PyTree[PerToken], PerToken | None]:
-            shared = jnp.where(logits.is_shared, logits.student, -jnp.inf) if self.evaluation else None
-            return logits.student, logits.teacher, self.divergence.maxima(logits), shared
+        divergence, vocabulary, evaluation = self.student.asked
 
-        maxima = self._visit(self.vocabulary.maxima, terms)
-        # A set of no tokens has a maximum of -inf.
-        maxima = jax.tree.map(lambda maximum: jnp.where(jnp.isfinite(maximum), maximum, 0.0), maxima)
-        student, teacher, own, shared = maxima
-        return Scale(student, teacher, own, self.weights.temperature), shared
+        def terms(logits: Logits) -> tuple[PerToken, PerToken, PyTree[PerToken], PerToken | None]:
+            shared = jnp.where(logits.is_shared, logits.student, -jnp.inf) if evaluation else None
+            return logits.student, logits.teacher, divergence.maxima(logits), shared
+
+        student, teacher, own, shared = finite(self._visit(vocabulary.maxima, terms))
+        return Scale(student, teacher, own, self.student.weights.temperature), shared
 
     def _totals(self, reduced: _Reduced) -> KDSums:
-        """Summed over the valid tokens."""
-        scale, sums, shared_maximum, at_t1 = reduced
-        value = self.divergence.value(scale, sums)
-        at_target, teacher_at_target = (
-            self.vocabulary.at(logits, self.targets) for logits in (self.student, self.teacher.logits)
-        )
+        divergence, vocabulary, _ = self.student.asked
+        scale, sums, at_t1 = reduced.scale, reduced.sums, reduced.at_t1
+        value = divergence.value(scale, sums)
+        at_target, teacher_at_target = (vocabulary.at(logits, self.student.targets) for logits in self._both)
         per_token = KDSums(
-            ce_sum=jnp.log(sums.student) - (at_target - scale.student),
-            kd_sum=self.weights.temperature**2 * value,
-            log_z_sq_sum=_log_z(scale, sums) ** 2,
-            teacher_ce_sum=jnp.log(sums.teacher) - (teacher_at_target - scale.teacher),
-            kept_mass_sum=sums.p_kept / sums.p,
+            ce_sum=jnp.log(reduced.student_total) - (at_target - scale.student),
+            kd_sum=self.student.weights.temperature**2 * value,
+            log_z_sq_sum=_log_z(reduced) ** 2,
+            teacher_ce_sum=jnp.log(reduced.teacher_total) - (teacher_at_target - scale.teacher),
             n=jnp.ones_like(value),
+            kept_mass_sum=sums.p_kept / sums.p,
         )
-        if shared_maximum is not None and at_t1 is not None:
+        if reduced.shared_maximum is not None and at_t1 is not None:
+            total = reduced.teacher_total
             per_token = per_token._replace(
-                kl_t1_sum=at_t1.cross / sums.teacher + jnp.log(at_t1.shared) - jnp.log(sums.teacher),
-                agreement_sum=self._agreement(scale, shared_maximum),
+                kl_t1_sum=at_t1.cross / total + jnp.log(at_t1.shared) - jnp.log(total),
+                agreement_sum=self._agreement(scale, reduced.shared_maximum),
             )
-        return jax.tree.map(lambda values: jnp.sum(jnp.where(self.is_valid, values, 0.0)), per_token)
+        return self.student.summed(per_token)
 
     def _agreement(self, scale: Scale, shared_maximum: PerPosition) -> PerPosition:
         """1 where both models' largest logit is the same token's; of equal ones the lower id's."""
-        size = self.vocabulary.size(self.student)
+        vocabulary = self.student.asked.vocabulary
+        size = vocabulary.size(self.student.logits)
 
         def first_largest(ids: Int[Array, "1 V"], student: PerToken, teacher: PerToken) -> tuple[Array, Array]:
             return (
@@ -158,23 +221,25 @@ class Block:
                 jnp.where(teacher == scale.teacher, -ids, -size),
             )
 
-        student, teacher = self.vocabulary.maxima(first_largest, self.student, self.teacher.logits)
+        student, teacher = vocabulary.maxima(first_largest, *self._both)
         return (student == teacher).astype(jnp.float32)
 
-    def _gradient(self, scale: Scale, sums: Sums) -> PerToken:
-        alpha, temperature, z_weight = self.weights
-        # Per token, what the visit multiplies its exponentials by.
-        hard = jnp.where(self.is_valid, 1.0 - alpha, 0.0)
-        soft = jnp.where(self.is_valid, alpha * temperature, 0.0)
-        log_z_pull = jnp.where(self.is_valid, 2.0 * z_weight * _log_z(scale, sums), 0.0)
-        by_student = (hard + log_z_pull) / sums.student
-        ids = self.vocabulary.ids(self.student)
-        slope = self.divergence.slope(self._logits(ids, self.student, self.teacher.logits), scale, sums, soft)
-        return by_student * jnp.exp(self.student - scale.student) - jnp.where(ids == self.targets, hard, 0.0) + slope
+    def _gradient(self, reduced: _Reduced) -> PerToken:
+        divergence, vocabulary, _ = self.student.asked
+        by_student, hard, soft = self.student.pulls(_log_z(reduced), reduced.student_total)
+        ids = vocabulary.ids(self.student.logits)
+        slope = divergence.slope(self._logits(ids, *self._both), reduced.scale, reduced.sums, soft)
+        student = by_student * jnp.exp(self.student.logits - reduced.scale.student)
+        return student - jnp.where(ids == self.student.targets, hard, 0.0) + slope
 
 
-def _log_z(scale: Scale, sums: Sums) -> PerPosition:
-    return scale.student + jnp.log(sums.student)
+def finite(maxima: PyTree[PerPosition]) -> PyTree[PerPosition]:
+    """The maxima, 0 for a set of no tokens, whose maximum is -inf."""
+    return jax.tree.map(lambda maximum: jnp.where(jnp.isfinite(maximum), maximum, 0.0), maxima)
+
+
+def _log_z(reduced: _Reduced) -> PerPosition:
+    return reduced.scale.student + jnp.log(reduced.student_total)
 
 
 def _terms_at_t1(logits: Logits, scale: Scale, shared_maximum: PerPosition) -> _AtT1:

@@ -52,8 +52,6 @@ class Scale(NamedTuple):
 class Sums(NamedTuple):
     """Per position, sums of weights over the vocabulary."""
 
-    student: PerPosition  # at T = 1
-    teacher: PerPosition  # at T = 1
     p: PerPosition  # the teacher's at temperature T
     p_kept: PerPosition  # those of them in K
     own: Any  # what Divergence.terms asked for

@@ -29,12 +29,14 @@ Kept = Bool[Array, "*batch V"] | None  # membership in K; None: every token
 class KDSums(NamedTuple):
     """Sums over valid positions, in nats, and their count; float32 scalars. Add them up, then divide by n once.
 
+    None is what cannot be known of the teacher at hand.
+
     ce_sum          -log softmax(student)[target]
     kd_sum          T^2 KL(teacher || student) at temperature T, under the truncation
     log_z_sq_sum    (log sum exp of the student's logits)^2; the z-loss is a weight times this
     teacher_ce_sum  -log softmax(teacher)[target]
-    kept_mass_sum   the teacher's mass at temperature T inside the kept set
     n               the number of valid positions
+    kept_mass_sum   the teacher's mass at temperature T inside the kept set
     kl_t1_sum       KL(teacher || student) over the whole vocabulary at T = 1. Evaluation only, else None
     agreement_sum   positions where both models' largest logit is the same token's. Evaluation only, else None
     """
@@ -43,8 +45,8 @@ class KDSums(NamedTuple):
     kd_sum: Float[Array, ""]
     log_z_sq_sum: Float[Array, ""]
     teacher_ce_sum: Float[Array, ""]
-    kept_mass_sum: Float[Array, ""]
     n: Float[Array, ""]
+    kept_mass_sum: Float[Array, ""] | None = None
     kl_t1_sum: Float[Array, ""] | None = None
     agreement_sum: Float[Array, ""] | None = None
 

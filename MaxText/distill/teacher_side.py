@@ -2,57 +2,40 @@
 
 # N tokens, n tokens of a block, E teacher's width, V vocabulary (or one device's shard of it)
 
-The walk knows that there are rows, one per token, and hands those of a block back; what they hold it does not know.
-What comes of them are logits and the kept set. Left out on purpose: any gradient.
+The walk knows that there are rows, one per token, and hands those of a block back with the student's logits; what they
+hold it does not know. What comes of them is the block's loss. A teacher that runs beside the student is in here, what
+was stored of one is in stored.py. Left out on purpose: any gradient.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from MaxText.distill.kd_loss import check_vocabularies
+from MaxText.distill.block import Asked, LiveBlock, LossBlock, StudentBlock, TeacherLogits
+from MaxText.distill.kd_loss import KDSums, check_vocabularies
 from MaxText.distill.projection import Projection
-from MaxText.distill.truncation import KeptBound, Scalar, check_truncation, kept_bound
+from MaxText.distill.truncation import Scalar, check_truncation, kept_bound
 from MaxText.distill.vocabulary import Vocabulary
-
-
-class TeacherBlock(NamedTuple):
-    """What the teacher says of a block's tokens.
-
-    logits: raw, float32; -inf for tokens without mass, those among them that the models do not share.
-    bound: of the kept set K; None where K is all that is shared.
-    shared: how many of the first token ids both models have; None where it is all.
-    """
-
-    logits: Float[Array, "n V"]
-    bound: KeptBound | None
-    shared: int | None
-
-    def is_shared(self, ids: Int[Array, "1 V"]) -> Bool[Array, "1 V"]:
-        return jnp.ones_like(ids, dtype=bool) if self.shared is None else ids < self.shared
-
-    def is_kept(self, ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> Bool[Array, "n V"]:
-        """Membership in K, for some of the tokens and their logits in `logits`."""
-        return jnp.ones_like(logits, dtype=bool) if self.bound is None else self.bound.keeps(logits, ids)
 
 
 class TeacherSide(Protocol):
     """A pytree of arrays; those in `rows` have a row per token, the others are the same for all tokens."""
 
     @property
-    def rows(self) -> PyTree[Float[Array, "N ..."]]: ...
+    def rows(self) -> PyTree[Array]: ...
 
-    def check(self, student_vocabulary: int, vocabulary: Vocabulary) -> None:
-        """Raises ValueError, naming the argument, where this teaches no student with a vocabulary of that size."""
+    def check(self, student_vocabulary: int, asked: Asked, temperature: Scalar) -> None:
+        """Raises ValueError, naming the argument, where this teaches no student with a vocabulary of that size, or not
+        by what is asked."""
 
-    def block(self, rows: PyTree[Float[Array, "n ..."]], temperature: Scalar, vocabulary: Vocabulary) -> TeacherBlock:
-        """What the teacher says of the tokens that these are the rows of; on each device of its shard of `vocabulary`.
+    def known_sums(self, student_vocabulary: int, asked: Asked) -> tuple[str, ...]:
+        """The names of those of KDSums that a block gives; the others are None."""
 
-        The temperature is that of the loss; a kept set by mass depends on it.
-        """
+    def block(self, rows: PyTree[Array], student: StudentBlock) -> LossBlock:
+        """The loss of the tokens that these are the rows of; on each device with its shard of the vocabulary."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,12 +57,20 @@ class LiveTeacher:
     def rows(self) -> Float[Array, "N E"]:
         return self.model.hidden
 
-    def check(self, student_vocabulary: int, vocabulary: Vocabulary) -> None:
-        size = self.model.vocabulary_size(vocabulary)
+    def check(self, student_vocabulary: int, asked: Asked, temperature: Scalar) -> None:
+        size = self.model.vocabulary_size(asked.vocabulary)
         check_vocabularies(student_vocabulary, size, self.shared_vocabulary)
         check_truncation(self.shared_vocabulary or size, top_k=self.top_k, top_p=self.top_p)
 
-    def block(self, rows: Float[Array, "n E"], temperature: Scalar, vocabulary: Vocabulary) -> TeacherBlock:
+    def known_sums(self, student_vocabulary: int, asked: Asked) -> tuple[str, ...]:
+        of_an_evaluation = ("kl_t1_sum", "agreement_sum")
+        return tuple(name for name in KDSums._fields if asked.evaluation or name not in of_an_evaluation)
+
+    def block(self, rows: Float[Array, "n E"], student: StudentBlock) -> LiveBlock:
+        return LiveBlock(student, self.logits(rows, student.weights.temperature, student.asked.vocabulary))
+
+    def logits(self, rows: Float[Array, "n E"], temperature: Scalar, vocabulary: Vocabulary) -> TeacherLogits:
+        """A kept set by mass depends on the temperature."""
         logits = self.model.project(self.model.head, rows).astype(jnp.float32)
         size = vocabulary.size(logits)
         shared = self.shared_vocabulary if 0 < self.shared_vocabulary < size else None
@@ -87,7 +78,7 @@ class LiveTeacher:
             # To the loss a token that only one of the models has is one without mass.
             logits = jnp.where(vocabulary.ids(logits) < shared, logits, -jnp.inf)
         if self.top_k in (0, shared or size) and self.top_p in (0.0, 1.0):
-            return TeacherBlock(logits, None, shared)
+            return TeacherLogits(logits, None, shared)
         logits = jnp.where(logits == 0.0, 0.0, logits)  # without negative zeros, as kept_bound asks
         bound = kept_bound(logits, temperature=temperature, top_k=self.top_k, top_p=self.top_p, vocabulary=vocabulary)
-        return TeacherBlock(logits, bound, shared)
+        return TeacherLogits(logits, bound, shared)

@@ -1,21 +1,16 @@
-"""Laws of what the walk is given: a divergence is a value and a slope, a teacher's side is rows that become logits."""
-
-import dataclasses
+"""The law of a divergence: it is a value and its slope, and the walk takes any."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import Array
 
 from MaxText.distill import vocabulary
-from MaxText.distill.block import Block, Weights
+from MaxText.distill.block import Asked, StudentBlock, Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
 from MaxText.distill.divergences import FORWARD_KL, Divergence
-from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES
 from MaxText.distill.projection import Projection
-from MaxText.distill.teacher_side import LiveTeacher, TeacherBlock
-from MaxText.distill.truncation import KeptBound
+from MaxText.distill.teacher_side import LiveTeacher
 from MaxText.distill.vocabulary import Vocabulary
 
 N, D, V, K = 21, 16, 700, 9
@@ -143,54 +138,14 @@ DIVERGENCES = FORWARD_KL | {"reverse": ReverseKL(), "js": JensenShannon()}
 def test_the_slope_is_the_derivative_of_the_value(name, top_k):
     hidden, head, teacher_hidden, teacher_head, tokens = problem()
     live = LiveTeacher(Projection(teacher_hidden, teacher_head, matrix_project), top_k=top_k)
-    teacher = live.block(live.rows, WEIGHTS.temperature, Vocabulary())
-    at, is_valid = tokens.targets[:, None], tokens.mask[:, None]
+    asked = Asked(DIVERGENCES[name], Vocabulary(), evaluation=False)
 
     def block(logits):
-        return Block(logits, teacher, at, is_valid, WEIGHTS, DIVERGENCES[name], Vocabulary(), evaluation=False)
+        student = StudentBlock(logits, tokens.targets[:, None], tokens.mask[:, None], WEIGHTS, asked)
+        return live.block(live.rows, student)
 
     def objective(logits):
         sums = block(logits).sums()
         return (1 - WEIGHTS.alpha) * sums.ce_sum + WEIGHTS.alpha * sums.kd_sum + WEIGHTS.z_weight * sums.log_z_sq_sum
 
     assert_close(block(hidden @ head).sums_and_gradient()[1], jax.grad(objective)(hidden @ head))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A teacher of which the K largest logits of each token are left, and what each other token has on average."""
-
-    ids: Array
-    logits: Array
-    rest: Array
-
-    @property
-    def rows(self):
-        return {"ids": self.ids, "logits": self.logits, "rest": self.rest}
-
-    def check(self, student_vocabulary, vocabulary):
-        assert student_vocabulary == V
-
-    def block(self, rows, temperature, vocabulary):
-        ids, logits = rows["ids"], rows["logits"]
-        whole = jnp.broadcast_to(rows["rest"][:, None], (ids.shape[0], V))
-        whole = whole.at[jnp.arange(ids.shape[0])[:, None], ids].set(logits)
-        return TeacherBlock(whole, KeptBound(logits[:, -1:], ids[:, -1:]), shared=None)
-
-
-@pytest.mark.parametrize("strategy", TRUNCATION_STRATEGIES)
-def test_stored_targets_teach_as_the_teacher_that_they_were_taken_from(strategy):
-    hidden, head, teacher_hidden, teacher_head, tokens = problem()
-    live = LiveTeacher(Projection(teacher_hidden, teacher_head, matrix_project), top_k=K)
-    logits = teacher_hidden @ teacher_head
-    largest, ids = jax.lax.top_k(logits, K)
-    outside = jnp.sort(logits, axis=-1)[:, :-K] / WEIGHTS.temperature
-    rest = WEIGHTS.temperature * (jax.nn.logsumexp(outside, axis=-1) - jnp.log(V - K))
-    got = walked(Stored(ids, largest, rest), tokens, FORWARD_KL[strategy])(hidden, head)
-    expected = walked(live, tokens, FORWARD_KL[strategy])(hidden, head)
-    (got_objective, got_sums), (expected_objective, expected_sums) = got[0], expected[0]
-    assert_close(
-        (got_objective, got_sums.kd_sum, got_sums.kept_mass_sum, got[1]),
-        (expected_objective, expected_sums.kd_sum, expected_sums.kept_mass_sum, expected[1]),
-    )

@@ -61,6 +61,11 @@ class Sums(NamedTuple):
 class Divergence(abc.ABC):
     """How far the student's distribution at temperature T is from the teacher's, per position, in nats."""
 
+    @property
+    def reads_outside(self) -> bool:
+        """Whether under a truncation it depends on weights outside K."""
+        return True
+
     @abc.abstractmethod
     def maxima(self, logits: Logits) -> PyTree[PerToken]:
         """Arrays whose largest values over the vocabulary are wanted."""
@@ -111,6 +116,10 @@ class ForwardKL(Divergence):
     conditions_student: bool
     conditions_teacher: bool
     has_tail: bool
+
+    @property
+    def reads_outside(self) -> bool:
+        return self.has_tail or not (self.conditions_student and self.conditions_teacher)
 
     def maxima(self, logits: Logits) -> _KLScale:
         tail = self._tail(logits)

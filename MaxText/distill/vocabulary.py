@@ -6,7 +6,7 @@ A visit reduces several arrays that are made of the logits, and stores none of t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,25 @@ class Vocabulary(NamedTuple):
     def ids(self, logits: Float[Array, "n V"]) -> Int[Array, "1 V"]:
         return self.first(logits) + jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
 
-    def at(self, logits: Float[Array, "n V"], token: Int[Array, "n 1"]) -> Float[Array, "n 1"]:
-        """The value at one token id per position."""
+    def at(self, logits: Float[Array, "n V"], tokens: Int[Array, "n K"]) -> Float[Array, "n K"]:
+        """The values at some token ids per position, the same on all devices."""
         if not self.axes:
-            return jnp.take_along_axis(logits, token, axis=-1)
-        local = token - self.first(logits)
+            return jnp.take_along_axis(logits, tokens, axis=-1)
+        local = tokens - self.first(logits)
         is_here = (local >= 0) & (local < logits.shape[-1])
         value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1)
         return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axes)
+
+    def replaced(
+        self, logits: Float[Array, "n V"], tokens: Int[Array, "n K"], values: Float[Array, "#n #K"] | float
+    ) -> Float[Array, "n V"]:
+        """The logits with other values at some token ids per position, which ascend; ids that are no token's are
+        passed over."""
+        positions = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+        how: Any = {"mode": "drop", "wrap_negative_indices": False}
+        # A TPU writes such values side by side instead of one after the other.
+        how |= {"indices_are_sorted": True, "unique_indices": True}
+        return logits.at[positions, tokens - self.first(logits)].set(values, **how)
 
     def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The k largest values and their token ids, in descending order, equal values by lower token id."""

@@ -1,0 +1,297 @@
+"""The teacher's side from targets that were stored: some tokens of each position and their weights, no teacher.
+
+# N tokens, n tokens of a block, K slots, V vocabulary (or one device's shard of it)
+
+What is stored makes the divergence one over K + 1 categories: the stored tokens, and all that is outside them as one.
+So no array of the teacher's is as long as the vocabulary, and a divergence sees K + 1 columns where it sees V of a live
+teacher, by the same rules. The student's logits at the stored tokens are taken out and -inf is put in their place (the
+logits are needed no more, so that they are written over): what is left is what is outside. The visits, maxima, sums and
+gradient, read that alone, and the gradient at the stored tokens is put into its place at the end.
+
+Log-sum-exps of the whole vocabulary are added up from both parts. Never is one taken from another: that would cancel.
+
+Left out on purpose: fewer slots than were stored, which is the caller's to cut, and the agreement of both models, which
+nobody can know.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from MaxText.distill.block import Asked, StudentBlock, finite
+from MaxText.distill.divergences import Divergence, ForwardKL, Logits, PerPosition, PerToken, Scale, Sums
+from MaxText.distill.kd_loss import KDSums
+from MaxText.distill.truncation import Scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StoredTeacher:
+    """What was stored of a teacher's distribution p at temperature T.
+
+    Either draws from p, whose weights are their shares: an unbiased p, of which nothing is outside. The forward KL is
+    linear in p but for p's own entropy, which is stored, so that its value and its gradient are unbiased too. Or the k
+    largest p, with the mass outside them: the kept set of a truncation, of which the divergence makes what it makes of
+    a live teacher's.
+
+    ids: ascending. Unused slots come last and hold the vocabulary's size or more.
+    log_weights: of the weights at temperature T, in unused slots -inf.
+    log_tail: of the mass outside, -inf for none. None: the weights are draws.
+    target_log_prob: log p(target) at T = 1.
+    entropy: of p, in nats.
+    temperature: T. Static.
+    shared_vocabulary: as for `kd_loss.kd_sums`; of the others none is stored. Static.
+    """
+
+    ids: Int[Array, "N K"]
+    log_weights: Float[Array, "N K"]
+    log_tail: Float[Array, "N"] | None
+    target_log_prob: Float[Array, "N"]
+    entropy: Float[Array, "N"]
+    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
+    shared_vocabulary: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def rows(self) -> "StoredTeacher":
+        """All of it has a row per token."""
+        return self
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.log_tail is None
+
+    def reads_outside(self, divergence: Divergence) -> bool:
+        """Whether the weights outside the stored tokens matter."""
+        return self.is_drawn or divergence.reads_outside
+
+    def check(self, student_vocabulary: int, asked: Asked, temperature: Scalar) -> None:
+        slots = self.ids.shape[-1]
+        if not 0 <= self.shared_vocabulary <= student_vocabulary:
+            raise ValueError(
+                f"shared_vocabulary={self.shared_vocabulary}: expected 0 (all) to {student_vocabulary} tokens"
+            )
+        if self.is_drawn and not isinstance(asked.divergence, ForwardKL):
+            raise ValueError(
+                f"divergence={asked.divergence}: expected the forward KL; what draws say of others is biased"
+            )
+        if not self.is_drawn and slots > student_vocabulary:
+            raise ValueError(f"{slots} stored tokens: expected {student_vocabulary}, the vocabulary's size, at most")
+        is_known = not isinstance(temperature, jax.core.Tracer)
+        if is_known and self.reads_outside(asked.divergence) and temperature != self.temperature:
+            raise ValueError(
+                f"temperature={temperature}: expected {self.temperature}, that of the stored weights; another one is "
+                "known only where both models are conditioned on the stored tokens"
+            )
+
+    def known_sums(self, student_vocabulary: int, asked: Asked) -> tuple[str, ...]:
+        names = ["ce_sum", "kd_sum", "log_z_sq_sum", "teacher_ce_sum", "n"]
+        if not self.is_drawn:
+            names.append("kept_mass_sum")
+        is_whole = self.is_drawn or self.ids.shape[-1] >= (self.shared_vocabulary or student_vocabulary)
+        if asked.evaluation and is_whole and self.temperature == 1.0 and isinstance(asked.divergence, ForwardKL):
+            names.append("kl_t1_sum")
+        return tuple(names)
+
+    def block(self, rows: "StoredTeacher", student: StudentBlock) -> "StoredBlock":
+        if self.reads_outside(student.asked.divergence):
+            # A number, where the walk has an array: at T = 1 the weights of cross-entropy are those of the divergence,
+            # and need no second exponential.
+            weights = student.weights._replace(temperature=self.temperature)
+            student = dataclasses.replace(student, weights=weights)
+        return StoredBlock(student, rows)
+
+
+class _Outside(NamedTuple):
+    """The student's weights of the tokens outside: their largest logit, 0 for no tokens, and their sum from there."""
+
+    maximum: PerPosition
+    total: PerPosition
+
+
+class _Reduced(NamedTuple):
+    """All that the visits before the gradient's took, and the student's logits that they were taken of."""
+
+    outside: PerToken  # -inf at the stored tokens
+    at_ids: Float[Array, "n K"]  # -inf in unused slots
+    at_target: PerPosition
+    top: PerPosition  # the student's largest logit
+    total: PerPosition  # the sum of the student's weights at T = 1, from there
+    hard: _Outside  # at T = 1
+    soft: _Outside | None  # at T, of the shared tokens; None where they do not matter
+    columns: Logits
+    scale: Scale
+    sums: Sums
+
+    @property
+    def log_z(self) -> PerPosition:
+        return self.top + jnp.log(self.total)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredBlock:
+    """n tokens with the student's logits and what was stored of the teacher."""
+
+    student: StudentBlock
+    teacher: StoredTeacher
+
+    def sums(self) -> KDSums:
+        return self._totals(self._reduced())
+
+    def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
+        reduced = self._reduced()
+        return self._totals(reduced), self._gradient(reduced)
+
+    @property
+    def _size(self) -> int:
+        return self.student.asked.vocabulary.size(self.student.logits)
+
+    @property
+    def _is_used(self) -> Bool[Array, "n K"]:
+        return self.teacher.ids < self._size
+
+    @property
+    def _slots(self) -> Int[Array, "n K"]:
+        """The ids; those of unused slots differ, so that no token stands in a row twice."""
+        ids = self.teacher.ids
+        return jnp.where(self._is_used, ids, self._size + jnp.arange(ids.shape[-1], dtype=ids.dtype))
+
+    @property
+    def _shared(self) -> int | None:
+        """How many of the first token ids both models have; None where it is all."""
+        return self.teacher.shared_vocabulary if 0 < self.teacher.shared_vocabulary < self._size else None
+
+    def _reduced(self) -> _Reduced:
+        logits, vocabulary = self.student.logits, self.student.asked.vocabulary
+        at_ids = vocabulary.at(logits, jnp.where(self._is_used, self.teacher.ids, 0))
+        at_ids = jnp.where(self._is_used, at_ids, -jnp.inf)
+        at_target = vocabulary.at(logits, self.student.targets)
+        # Behind a barrier, or a compiler may read the logits after it has written over them, from a copy.
+        logits, at_ids, at_target = jax.lax.optimization_barrier((logits, at_ids, at_target))
+        outside = vocabulary.replaced(logits, self._slots, jnp.float32(-jnp.inf))
+        hard, soft = self._outside(outside)
+        highest = jnp.where(hard.total > 0.0, hard.maximum, -jnp.inf)
+        top = finite(jnp.maximum(highest, jnp.max(at_ids, axis=-1, keepdims=True)))
+        total = _from(top, hard) + jnp.sum(jnp.exp(at_ids - top), axis=-1, keepdims=True)
+        columns = self._columns(at_ids - top, soft, top)
+        return _Reduced(outside, at_ids, at_target, top, total, hard, soft, columns, *self._seen(columns))
+
+    def _outside(self, outside: PerToken) -> tuple[_Outside, _Outside | None]:
+        """At T = 1 all that is outside, at T the shared tokens among it."""
+        vocabulary, shared, temperature = self.student.asked.vocabulary, self._shared, self.student.weights.temperature
+        is_read = self.teacher.reads_outside(self.student.asked.divergence)
+        is_another = is_read and not self._has_one_weight
+
+        def highest(ids: Int[Array, "1 V"], logits: PerToken) -> tuple[PerToken, PerToken | None]:
+            return logits, _among(shared, ids, logits, -jnp.inf) if is_another else None
+
+        maximum, soft_maximum = finite(vocabulary.maxima(highest, outside))
+
+        def weights(ids: Int[Array, "1 V"], logits: PerToken) -> tuple[PerToken, PerToken | None]:
+            soft = _among(shared, ids, jnp.exp((logits - soft_maximum) / temperature), 0.0) if is_another else None
+            return jnp.exp(logits - maximum), soft
+
+        total, soft_total = vocabulary.sums(weights, outside)
+        hard = _Outside(maximum, total)
+        if not is_read:
+            return hard, None
+        return hard, _Outside(soft_maximum, soft_total) if is_another else hard
+
+    @property
+    def _has_one_weight(self) -> bool:
+        """Whether cross-entropy and the divergence see the same weights outside."""
+        return self.teacher.temperature == 1.0 and self._shared is None
+
+    def _columns(self, at_ids: Float[Array, "n K"], soft: _Outside | None, top: PerPosition) -> Logits:
+        """K + 1 columns: both models' logits at the stored tokens and of all others together; the student's from `top`,
+        because a logit of 1e4 has no decimals to lose."""
+        if soft is None:
+            student_outside = jnp.full_like(top, -jnp.inf)
+        else:
+            student_outside = (soft.maximum - top) + self.student.weights.temperature * jnp.log(soft.total)
+        log_tail = jnp.full_like(top, -jnp.inf) if self.teacher.log_tail is None else self.teacher.log_tail[:, None]
+        log_weights = jnp.concatenate([self.teacher.log_weights, log_tail], axis=-1)
+        student = jnp.concatenate([at_ids, student_outside], axis=-1)
+        return Logits(
+            student=student,
+            teacher=self.teacher.temperature * log_weights,
+            is_shared=jnp.ones((1, student.shape[-1]), bool),
+            # Of draws nothing is outside: a token that was not drawn is one of weight 0.
+            is_kept=jnp.pad(self._is_used, ((0, 0), (0, 1))) | self.teacher.is_drawn,
+            is_truncated=not self.teacher.is_drawn,
+        )
+
+    def _seen(self, columns: Logits) -> tuple[Scale, Sums]:
+        """What the divergence asks of the columns."""
+        divergence = self.student.asked.divergence
+
+        def reduced(reduce, terms):
+            return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms)
+
+        maxima = reduced(jnp.max, (columns.student, columns.teacher, divergence.maxima(columns)))
+        scale = Scale(*finite(maxima), self.student.weights.temperature)
+        p = jnp.exp(scale.log_weight(columns.teacher, scale.teacher))
+        terms = Sums(p=p, p_kept=jnp.where(columns.is_kept, p, 0.0), own=divergence.terms(columns, scale))
+        sums = reduced(jnp.sum, terms)
+        return scale, sums._replace(normalized=reduced(jnp.sum, divergence.normalized_terms(columns, scale, sums)))
+
+    def _totals(self, reduced: _Reduced) -> KDSums:
+        value = self.student.asked.divergence.value(reduced.scale, reduced.sums)
+        kept_mass = None
+        if self.teacher.log_tail is None:
+            # The KL of the draws' shares knows their entropy. In its place comes that of what they were drawn from.
+            log_weights = self.teacher.log_weights
+            weighted = jnp.where(log_weights > -jnp.inf, jnp.exp(log_weights) * log_weights, 0.0)
+            value = value - jnp.sum(weighted, axis=-1, keepdims=True) - self.teacher.entropy[:, None]
+        else:
+            kept_mass = -jnp.expm1(self.teacher.log_tail[:, None])
+        kd = self.student.weights.temperature**2 * value
+        asked = self.student.asked
+        per_token = KDSums(
+            ce_sum=jnp.log(reduced.total) - (reduced.at_target - reduced.top),
+            kd_sum=kd,
+            log_z_sq_sum=reduced.log_z**2,
+            teacher_ce_sum=-self.teacher.target_log_prob[:, None],
+            n=jnp.ones_like(value),
+            kept_mass_sum=kept_mass,
+            kl_t1_sum=kd if "kl_t1_sum" in self.teacher.known_sums(self._size, asked) else None,
+        )
+        return self.student.summed(per_token)
+
+    def _gradient(self, reduced: _Reduced) -> PerToken:
+        vocabulary, targets = self.student.asked.vocabulary, self.student.targets
+        by_student, hard, soft = self.student.pulls(reduced.log_z, reduced.total)
+        slope = self.student.asked.divergence.slope(reduced.columns, reduced.scale, reduced.sums, soft)
+        ids = vocabulary.ids(reduced.outside)
+        gradient = self._outside_gradient(reduced, by_student, slope[:, -1:], ids)
+        gradient = gradient - jnp.where(ids == targets, hard, 0.0)
+        at_ids = by_student * jnp.exp(reduced.at_ids - reduced.top) + slope[:, :-1]
+        at_ids = at_ids - jnp.where(self.teacher.ids == targets, hard, 0.0)
+        return vocabulary.replaced(gradient, self._slots, at_ids)
+
+    def _outside_gradient(
+        self, reduced: _Reduced, by_student: PerPosition, slope: PerPosition, ids: Int[Array, "1 V"]
+    ) -> PerToken:
+        """Of the tokens outside the slope is shared out as their weights at T are."""
+        hard, soft, outside = reduced.hard, reduced.soft, reduced.outside
+        # Where nothing is outside, neither a factor nor a share has a meaning, and none is needed.
+        by_hard = jnp.where(hard.total > 0.0, by_student * jnp.exp(hard.maximum - reduced.top), 0.0)
+        if soft is None:
+            return by_hard * jnp.exp(outside - hard.maximum)
+        by_soft = jnp.where(soft.total > 0.0, slope / soft.total, 0.0)
+        if self._has_one_weight:
+            return (by_hard + by_soft) * jnp.exp(outside - hard.maximum)
+        weights = jnp.exp((outside - soft.maximum) / self.student.weights.temperature)
+        return by_hard * jnp.exp(outside - hard.maximum) + _among(self._shared, ids, by_soft * weights, 0.0)
+
+
+def _from(top: PerPosition, part: _Outside) -> PerPosition:
+    """The part's sum of weights at T = 1, from `top` on."""
+    return jnp.where(part.total > 0.0, part.total * jnp.exp(part.maximum - top), 0.0)
+
+
+def _among(shared: int | None, ids: Int[Array, "1 V"], values: PerToken, otherwise: float) -> PerToken:
+    """The values of the tokens that both models have."""
+    return values if shared is None else jnp.where(ids < shared, values, otherwise)

@@ -198,7 +198,7 @@ def _added(gradient: Projection, share: tuple[PyTree, Float[Array, "n D"]], rows
 
 
 def _zero_sums(names: tuple[str, ...]) -> KDSums:
-    return KDSums(**dict.fromkeys(KDSums._fields))._replace(**{name: jnp.zeros((), jnp.float32) for name in names})
+    return KDSums(**{name: jnp.zeros((), jnp.float32) for name in names})
 
 
 def _zero_gradient(student: Projection) -> Projection:

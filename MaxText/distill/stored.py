@@ -15,11 +15,12 @@ nobody can know.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from MaxText.distill.block import Asked, StudentBlock, finite
 from MaxText.distill.divergences import Divergence, ForwardKL, Logits, PerPosition, PerToken, Scale, Sums
@@ -75,7 +76,7 @@ class StoredTeacher:
             )
         if self.is_drawn and not isinstance(asked.divergence, ForwardKL):
             raise ValueError(
-                f"divergence={asked.divergence}: expected the forward KL; what draws say of others is biased"
+                f"divergence={type(asked.divergence).__name__}: expected ForwardKL; what draws say of others is biased"
             )
         if not self.is_drawn and slots > student_vocabulary:
             raise ValueError(f"{slots} stored tokens: expected {student_vocabulary}, the vocabulary's size, at most")
@@ -227,11 +228,12 @@ class StoredBlock:
         """What the divergence asks of the columns."""
         divergence = self.student.asked.divergence
 
-        def reduced(reduce, terms):
+        def reduced(reduce: Callable[..., Array], terms: PyTree[Float[Array, "n #K"]]) -> PyTree[PerPosition]:
             return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms)
 
         maxima = reduced(jnp.max, (columns.student, columns.teacher, divergence.maxima(columns)))
-        scale = Scale(*finite(maxima), self.student.weights.temperature)
+        student, teacher, own = finite(maxima)
+        scale = Scale(student, teacher, own, self.student.weights.temperature)
         p = jnp.exp(scale.log_weight(columns.teacher, scale.teacher))
         terms = Sums(p=p, p_kept=jnp.where(columns.is_kept, p, 0.0), own=divergence.terms(columns, scale))
         sums = reduced(jnp.sum, terms)

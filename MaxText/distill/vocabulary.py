@@ -41,6 +41,20 @@ class Vocabulary(NamedTuple):
         partial = _reduce(terms, jnp.max, jnp.maximum, self.first(logits[0]), logits)
         return jax.lax.pmax(partial, self.axes) if self.axes else partial
 
+    def shards(self, values: Float[Array, "n 1"]) -> Float[Array, "n S"]:
+        """Each shard's values, in order of token ids."""
+        return jax.lax.all_gather(values, self.axes, axis=1, tiled=True, to="invarying") if self.axes else values
+
+    def own_shard(self, values: Float[Array, "n S"]) -> Float[Array, "n 1"]:
+        """Of each shard's values this device's."""
+        return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index(self.axes), 1, axis=1) if self.axes else values
+
+    def of_shard(self, shard: Int[Array, "n K"], values: Int[Array, "n K"]) -> Int[Array, "n K"]:
+        """The values that the device of a shard has, on all devices."""
+        if not self.axes:
+            return values
+        return jax.lax.psum(jnp.where(shard == jax.lax.axis_index(self.axes), values, 0), self.axes)
+
     def ids(self, logits: Float[Array, "n V"]) -> Int[Array, "1 V"]:
         return self.first(logits) + jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
 

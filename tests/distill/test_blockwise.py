@@ -499,9 +499,10 @@ def check_pooled_losses(every):
 
 
 def in_four_devices(check, every):
+    module = check.__module__
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", f"import test_blockwise; test_blockwise.{check.__name__}({every})"]
+    command = [sys.executable, "-c", f"import {module}; {module}.{check.__name__}({every})"]
     process = subprocess.run(command, env=os.environ | flags | paths, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
 

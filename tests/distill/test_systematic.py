@@ -1,0 +1,106 @@
+"""The laws of systematic draws: unbiased, evenly spread, and the same wherever the vocabulary lies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from test_blockwise import in_four_devices
+
+from MaxText.distill.systematic import systematic_draws
+from MaxText.distill.vocabulary import Vocabulary
+
+V, DRAWS = 1000, 50
+
+
+def peaked_logits(positions):
+    return jnp.asarray(3.0 * np.random.default_rng(0).standard_normal((positions, V)), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="vocab_axes")
+def drawn(logits, offsets, temperature=1.0, *, vocab_axes=()):
+    vocabulary = Vocabulary(vocab_axes)
+    return systematic_draws(logits, offsets, draws=DRAWS, temperature=temperature, vocabulary=vocabulary)
+
+
+def counts(ids):
+    return np.stack([np.bincount(row, minlength=V) for row in np.asarray(ids)])
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_the_mean_count_over_all_offsets_is_draws_times_probability(temperature):
+    offsets = (jnp.arange(1024, dtype=jnp.float32)[:, None] + 0.5) / 1024
+    logits = peaked_logits(1)
+    mean = counts(drawn(jnp.broadcast_to(logits, (1024, V)), offsets, temperature)).mean(axis=0)
+    expected = DRAWS * reference.softmax(np.asarray(logits), temperature)[0]
+    # A token's count changes at two offsets at most, and the grid of offsets is as fine as this.
+    np.testing.assert_allclose(mean, expected, atol=1.2 / 1024)
+
+
+def test_each_count_is_within_one_of_draws_times_probability_and_ids_ascend():
+    logits = peaked_logits(200)
+    offsets = jnp.asarray(np.random.default_rng(1).random((200, 1)), jnp.float32)
+    ids = np.asarray(drawn(logits, offsets))
+    assert ids.dtype == np.int32 and (np.diff(ids, axis=-1) >= 0).all()
+    expected = DRAWS * reference.softmax(np.asarray(logits), 1.0)
+    assert np.abs(counts(ids) - expected).max() < 1 + 1e-4
+
+
+def test_draws_are_the_points_of_the_cumulative_distribution():
+    logits = peaked_logits(200)
+    offsets = np.random.default_rng(1).random((200, 1)).astype(np.float32)
+    cumulative = np.cumsum(reference.softmax(np.asarray(logits), 1.0), axis=-1)
+    points = (offsets + np.arange(DRAWS)) / DRAWS
+    ids = np.asarray(drawn(logits, jnp.asarray(offsets)))
+    # The cumulative sum of float32 has an error of a few 1e-6, which is what the draws' interval may be off by.
+    before = np.take_along_axis(np.pad(cumulative, ((0, 0), (1, 0))), ids, axis=-1)
+    assert (points > before - 5e-6).all() and (points < np.take_along_axis(cumulative, ids, axis=-1) + 5e-6).all()
+
+
+@pytest.mark.parametrize("vocabulary", (1, 100, 128, 129, 1000))
+@pytest.mark.parametrize("offset", (0.0, 1.0 - 2**-24))
+def test_tokens_without_mass_are_never_drawn_whatever_the_rounding(vocabulary, offset):
+    rng = np.random.default_rng(vocabulary)
+    logits = np.where(rng.random((300, vocabulary)) < 0.7, -np.inf, 5.0 * rng.standard_normal((300, vocabulary)))
+    logits[:, rng.integers(vocabulary)] = 1e4 * rng.standard_normal(300)
+    logits[::3, vocabulary // 2 :] = -np.inf
+    logits[::3, 0] = 0.0
+    ids = np.asarray(drawn(jnp.asarray(logits, jnp.float32), jnp.full((300, 1), offset, jnp.float32)))
+    assert (ids >= 0).all() and (ids < vocabulary).all()
+    assert (reference.softmax(logits, 1.0)[np.arange(300)[:, None], ids] > 0).all()
+
+
+def test_no_array_is_as_long_as_draws_times_vocabulary():
+    n, vocabulary = 64, 32_768
+    shapes = jax.ShapeDtypeStruct((n, vocabulary), jnp.float32), jax.ShapeDtypeStruct((n, 1), jnp.float32)
+    program = drawn.lower(*shapes).compile()
+    # The draws' chunks of 128 tokens, a few times, and one array of the vocabulary's size.
+    assert program.memory_analysis().temp_size_in_bytes <= 4 * (n * vocabulary + 5 * n * DRAWS * 128)
+    assert " sort(" not in program.as_text()
+
+
+def check_sharded_draws(_):
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    logits = jnp.concatenate([peaked_logits(40), jnp.full((40, 1000), -jnp.inf), peaked_logits(40)], axis=-1)
+    logits = logits.at[:5, :1500].set(-jnp.inf)  # of whole shards nothing has mass
+    offsets = jnp.asarray(np.random.default_rng(1).random((40, 1)), jnp.float32)
+    expected = drawn(logits, offsets)
+    for axes in (("tensor",), ("data", "tensor")):
+        draw = jax.shard_map(
+            functools.partial(drawn, vocab_axes=axes),
+            mesh=mesh,
+            in_specs=(P(None, axes), P()),
+            out_specs=P(),
+        )
+        got = draw(logits, offsets)
+        # Sums in another order: a point that lies within their rounding of a token's end may go to its neighbour.
+        assert np.mean(np.asarray(got) != np.asarray(expected)) <= 1e-3
+        assert (reference.softmax(np.asarray(logits), 1.0)[np.arange(40)[:, None], np.asarray(got)] > 0).all()
+
+
+def test_draws_from_a_sharded_vocabulary_are_those_from_the_whole_one():
+    in_four_devices(check_sharded_draws, False)

@@ -225,27 +225,44 @@ def look_up(table, hidden):
     return table[jnp.argmax(hidden, axis=-1)]
 
 
-@pytest.mark.parametrize("strategy", TRUNCATION_STRATEGIES)
-@pytest.mark.parametrize("k", (5, 300))
-def test_logits_of_every_scale_give_the_gradient_of_the_reference(strategy, k):
-    student, teacher = reference.logits_of_every_scale(14, 64, 300)
-    tokens = Tokens(jnp.arange(64), jnp.ones(64, bool))
-    # Outside there may be nothing at all, and inside tokens without mass.
-    student[:8, 100:], teacher[:8, 100:] = -np.inf, -np.inf
-    stored = stored_top_k(teacher, tokens.targets, k=k, temperature=1.0)
-    weights = Weights(1.0, 1.0)
+def tabled(student, stored, strategy):
+    """KL's sum and its gradient for a table of logits, exact to the last digit in any block."""
+    positions = len(student)
+    tokens = Tokens(jnp.arange(positions), jnp.ones(positions, bool))
 
     def loss(table):
-        learner = Projection(jnp.eye(64), table, look_up)
-        return blockwise_kd(learner, stored, tokens, weights, divergence=FORWARD_KL[strategy], block_size=16)
+        learner, weights = Projection(jnp.eye(positions), table, look_up), Weights(1.0, 1.0)
+        return blockwise_kd(learner, stored, tokens, weights, divergence=FORWARD_KL[strategy], block_size=16)[0]
 
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(student))
+    return jax.jit(jax.value_and_grad(loss))(jnp.asarray(student))
+
+
+@pytest.mark.parametrize("strategy", TRUNCATION_STRATEGIES)
+@pytest.mark.parametrize("k", (5, 100))
+def test_logits_of_every_scale_give_the_gradient_of_the_reference(strategy, k):
+    student, teacher = reference.logits_of_every_scale(14, 64, 300)
+    # In some positions nothing is outside of 100 tokens, and all logits are far below 0.
+    student[:8] = student[:8] / 10 - 5000
+    student[:8, 100:], teacher[:8, 100:] = -np.inf, -np.inf
+    value, gradient = tabled(student, stored_top_k(teacher, np.arange(64), k=k, temperature=1.0), strategy)
     kept = reference.kept_set(teacher, temperature=1.0, top_k=k)
     expected, expected_gradient = reference.kl_and_gradient(
         student, teacher, kept, temperature=1.0, truncation_strategy=strategy
     )
     np.testing.assert_allclose(value, expected.sum(), rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=2e-5)
+
+
+@pytest.mark.parametrize("strategy", TRUNCATION_STRATEGIES)
+def test_a_constant_added_to_all_logits_changes_nothing(strategy):
+    rng = np.random.default_rng(3)
+    # Of few binary digits, so that the sum with a power of two is exact.
+    student, teacher = np.round(rng.standard_normal((2, 16, 300)) * 256).astype(np.float32) / 256
+    stored = stored_top_k(teacher, np.arange(16), k=5, temperature=1.0)
+    value, gradient = tabled(student, stored, strategy)
+    shifted_value, shifted_gradient = tabled(student + 8192.0, stored, strategy)
+    np.testing.assert_allclose(shifted_value, value, rtol=1e-6)
+    np.testing.assert_allclose(shifted_gradient, gradient, atol=1e-7)
 
 
 def test_what_masked_tokens_hold_is_never_read():

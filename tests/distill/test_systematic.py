@@ -21,10 +21,10 @@ def peaked_logits(positions):
     return jnp.asarray(3.0 * np.random.default_rng(0).standard_normal((positions, V)), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="vocab_axes")
-def drawn(logits, offsets, temperature=1.0, *, vocab_axes=()):
+@functools.partial(jax.jit, static_argnames=("draws", "vocab_axes"))
+def drawn(logits, offsets, temperature=1.0, *, draws=DRAWS, vocab_axes=()):
     vocabulary = Vocabulary(vocab_axes)
-    return systematic_draws(logits, offsets, draws=DRAWS, temperature=temperature, vocabulary=vocabulary)
+    return systematic_draws(logits, offsets, draws=draws, temperature=temperature, vocabulary=vocabulary)
 
 
 def counts(ids):
@@ -72,6 +72,20 @@ def test_tokens_without_mass_are_never_drawn_whatever_the_rounding(vocabulary, o
     ids = np.asarray(drawn(jnp.asarray(logits, jnp.float32), jnp.full((300, 1), offset, jnp.float32)))
     assert (ids >= 0).all() and (ids < vocabulary).all()
     assert (reference.softmax(logits, 1.0)[np.arange(300)[:, None], ids] > 0).all()
+
+
+def test_a_point_at_the_end_of_a_tokens_interval_is_not_given_to_its_neighbour_without_mass():
+    rng = np.random.default_rng(0)
+    positions, vocabulary = 20_000, 512
+    logits = rng.standard_normal((positions, vocabulary)).astype(np.float32)
+    logits = np.where(rng.random(logits.shape) < 0.7, -np.inf, logits)
+    logits[:, 0] = 0.0
+    p = reference.softmax(logits, 1.0)
+    # The ends of intervals, and some of the nearest floats: sums in two orders put them on either side.
+    ends = np.cumsum(p, axis=-1)[np.arange(positions), rng.integers(vocabulary, size=positions)]
+    offsets = np.minimum(ends * (1 + rng.integers(-3, 4, positions) * 2.0**-24), 1 - 2**-24).astype(np.float32)
+    ids = np.asarray(drawn(jnp.asarray(logits), jnp.asarray(offsets)[:, None], draws=1))
+    assert (p[np.arange(positions), ids[:, 0]] > 0).all()
 
 
 def test_no_array_is_as_long_as_draws_times_vocabulary():

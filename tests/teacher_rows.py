@@ -1,0 +1,100 @@
+"""Rows as a teacher would have them, made of random numbers."""
+
+import numpy as np
+
+from MaxText.cache import row
+from MaxText.cache.manifest import Contents, Teacher
+from MaxText.cache.quantiser import BOUND
+
+VOCABULARY = 151_936
+TEACHER = Teacher(path="/teacher", step=7, fingerprint="f" * 32)
+
+
+def contents(**changed) -> Contents:
+    settings = {"teacher": TEACHER, "tokenizer": "t", "vocab_size": VOCABULARY, "kd_vocab_size": 0, "temperature": 1.0,
+                "mode": "sample", "draws": 8, "top_k": 0, "log_prob_bound": None, "row_length": 24, "seed": 0,
+                "data": {"packing": True}}  # fmt: skip
+    return Contents(**settings | changed)
+
+
+def top_k_contents(number: int, **changed) -> Contents:
+    return contents(mode="top_k", draws=0, top_k=number, log_prob_bound=BOUND, **changed)
+
+
+def packed(generator: np.random.Generator, lengths: list[int], padding: int = 0, vocabulary: int = VOCABULARY) -> dict:
+    """Tokens of documents of these lengths in one row, as packing leaves them."""
+    segments = np.concatenate([np.repeat(np.arange(len(lengths)) + 1, lengths), np.zeros(padding, int)])
+    positions = np.concatenate([*map(np.arange, lengths), np.zeros(padding, int)])
+    stream = generator.integers(0, vocabulary, len(segments) + 1) * np.append(segments != 0, padding == 0)
+    return {
+        "inputs": stream[:-1], "targets": stream[1:], "inputs_position": positions, "targets_position": positions,
+        "inputs_segmentation": segments, "targets_segmentation": segments,
+    }  # fmt: skip
+
+
+def scattered(generator: np.random.Generator, length: int) -> dict:
+    """Any numbers in every array, below 0 too: nothing follows from anything."""
+    whole = {name: generator.integers(-(2**31), 2**31, length) for name in row.TOKENS}
+    return whole | {"targets_segmentation": generator.integers(0, 2, length) * whole["targets_segmentation"]}
+
+
+def drawn(generator: np.random.Generator, tokens: dict, ids: np.ndarray) -> row.Row:
+    return row.of_draws(tokens, np.sort(ids, axis=1), *numbers(generator, len(tokens["inputs"])))
+
+
+def random_draws(
+    generator: np.random.Generator, tokens: dict, number: int = 8, vocabulary: int = VOCABULARY
+) -> row.Row:
+    return drawn(generator, tokens, generator.integers(0, vocabulary, (len(tokens["inputs"]), number)))
+
+
+def random_top_k(
+    generator: np.random.Generator, tokens: dict, number: int = 8, vocabulary: int = VOCABULARY
+) -> row.Row:
+    length = len(tokens["inputs"])
+    ids = np.array([np.sort(generator.choice(vocabulary, number, replace=False)) for _ in range(length)], int)
+    log_probs = np.log(generator.dirichlet(np.full(number + 1, 0.3), length)).astype(np.float32)
+    return row.of_top_k(tokens, ids.reshape(length, number), log_probs[:, 1:], log_probs[:, 0],
+                        *numbers(generator, length))  # fmt: skip
+
+
+def numbers(generator: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the targets, and entropies."""
+    return -generator.exponential(2, length).astype(np.float32), generator.uniform(0, 6, length).astype(np.float32)
+
+
+def zipf_draws(generator: np.random.Generator, length: int, number: int, peak: float) -> row.Row:
+    """Systematic draws from peaked distributions over ids that are as frequent as words are.
+
+    At each position some ids of the unigram distribution share the mass by a power of their rank; `peak` is how much
+    the power varies from position to position. The targets are drawn too.
+    """
+    unigram = 1 / (np.arange(VOCABULARY) + 10.0)
+    support = np.sort(unigram_sample(generator, unigram, (length, 200)), axis=1)
+    order = generator.permuted(np.tile(np.arange(200), (length, 1)), axis=1)
+    power = np.exp(generator.normal(np.log(peak), 0.5, (length, 1)))
+    mass = (order + 1.0) ** -power
+    ends = np.cumsum(mass, axis=1)
+    ends /= ends[:, -1:]
+    points = (generator.random((length, 1)) + np.arange(number)) / number
+    place = np.minimum((points[:, :, None] > ends[:, None, :]).sum(axis=2), 199)
+    ids = np.take_along_axis(support, place, axis=1)
+    tokens = packed(generator, [length])
+    stream = np.append(ids[np.arange(length), generator.integers(0, number, length)], 0)
+    tokens |= {"inputs": np.roll(stream, 1)[:-1], "targets": stream[:-1]}
+    return drawn(generator, tokens, ids)
+
+
+def unigram_sample(generator: np.random.Generator, unigram: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    ends = np.cumsum(unigram / unigram.sum())
+    return np.minimum(np.searchsorted(ends, generator.random(shape)), len(unigram) - 1)
+
+
+def assert_same(found: row.Row, expected: row.Row) -> None:
+    """To the bit, types too."""
+    pairs = [(getattr(found, name), getattr(expected, name)) for name in vars(expected) if name != "teacher"]
+    assert type(found.teacher) is type(expected.teacher)
+    pairs += [(np.asarray(value), np.asarray(vars(expected.teacher)[name])) for name, value in vars(found.teacher).items()]
+    for ours, theirs in pairs:
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert ours.tobytes() == theirs.tobytes()

@@ -63,38 +63,58 @@ def numbers(generator: np.random.Generator, length: int) -> tuple[np.ndarray, np
     return -generator.exponential(2, length).astype(np.float32), generator.uniform(0, 6, length).astype(np.float32)
 
 
-def zipf_draws(generator: np.random.Generator, length: int, number: int, peak: float) -> row.Row:
+def zipf_draws(generator: np.random.Generator, length: int, number: int, power: float) -> row.Row:
     """Systematic draws from peaked distributions over ids that are as frequent as words are.
 
-    At each position some ids of the unigram distribution share the mass by a power of their rank; `peak` is how much
-    the power varies from position to position. The targets are drawn too.
+    At each position, ids of the unigram distribution share the mass by a power of their rank, which is `power` at the
+    median. With 2.05 a position has as many of 50 draws' ids as SmolLM2-135M's distributions have (13.1), and a row of
+    1,024 tokens about as many ids in all.
     """
-    unigram = 1 / (np.arange(VOCABULARY) + 10.0)
-    support = np.sort(unigram_sample(generator, unigram, (length, 200)), axis=1)
-    order = generator.permuted(np.tile(np.arange(200), (length, 1)), axis=1)
-    power = np.exp(generator.normal(np.log(peak), 0.5, (length, 1)))
-    mass = (order + 1.0) ** -power
-    ends = np.cumsum(mass, axis=1)
-    ends /= ends[:, -1:]
+    support = np.sort(frequent(generator, (length, 200)), axis=1)
+    ranks = generator.permuted(np.tile(np.arange(1.0, 201), (length, 1)), axis=1)
+    mass = ranks ** -np.exp(generator.normal(np.log(power), 0.5, (length, 1)))
+    ends = np.cumsum(mass, axis=1) / mass.sum(axis=1, keepdims=True)
     points = (generator.random((length, 1)) + np.arange(number)) / number
     place = np.minimum((points[:, :, None] > ends[:, None, :]).sum(axis=2), 199)
     ids = np.take_along_axis(support, place, axis=1)
-    tokens = packed(generator, [length])
-    stream = np.append(ids[np.arange(length), generator.integers(0, number, length)], 0)
-    tokens |= {"inputs": np.roll(stream, 1)[:-1], "targets": stream[:-1]}
-    return drawn(generator, tokens, ids)
+    return drawn(generator, read_on(ids[np.arange(length), generator.integers(0, number, length)]), ids)
 
 
-def unigram_sample(generator: np.random.Generator, unigram: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    ends = np.cumsum(unigram / unigram.sum())
-    return np.minimum(np.searchsorted(ends, generator.random(shape)), len(unigram) - 1)
+def zipf_top_k(generator: np.random.Generator, length: int, number: int) -> row.Row:
+    """The most likely of ids that are as frequent as words are, their probabilities powers of their rank."""
+    ids = [
+        generator.choice(np.unique(more), number, replace=False) for more in frequent(generator, (length, 2 * number))
+    ]
+    ranks = generator.permuted(np.tile(np.arange(1.0, number + 1), (length, 1)), axis=1)
+    power = np.exp(generator.normal(np.log(1.4), 0.3, (length, 1)))
+    log_probs = -power * np.log(ranks) + generator.normal(0, 0.3, ranks.shape)
+    log_tail = -power[:, 0] * np.log(number / 8)
+    total = np.logaddexp(np.logaddexp.reduce(log_probs, axis=1), log_tail)
+    tokens = read_on(np.array([each[0] for each in ids]))
+    return row.of_top_k(tokens, np.sort(ids, axis=1), (log_probs.T - total).T.astype(np.float32),
+                        (log_tail - total).astype(np.float32), *numbers(generator, length))  # fmt: skip
+
+
+def frequent(generator: np.random.Generator, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Ids by Zipf's law, which says nothing about what number a frequent one has."""
+    ends = np.cumsum((np.arange(VOCABULARY) + 10.0) ** -1.2)
+    places = np.searchsorted(ends, ends[-1] * generator.random(shape))
+    return np.random.default_rng(0).permutation(VOCABULARY)[places]
+
+
+def read_on(targets: np.ndarray) -> dict:
+    """One document's tokens, of what follows each."""
+    tokens = packed(np.random.default_rng(0), [len(targets)])
+    return tokens | {"inputs": np.roll(targets, 1), "targets": targets}
 
 
 def assert_same(found: row.Row, expected: row.Row) -> None:
     """To the bit, types too."""
     pairs = [(getattr(found, name), getattr(expected, name)) for name in vars(expected) if name != "teacher"]
     assert type(found.teacher) is type(expected.teacher)
-    pairs += [(np.asarray(value), np.asarray(vars(expected.teacher)[name])) for name, value in vars(found.teacher).items()]
+    pairs += [
+        (np.asarray(value), np.asarray(vars(expected.teacher)[name])) for name, value in vars(found.teacher).items()
+    ]
     for ours, theirs in pairs:
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         assert ours.tobytes() == theirs.tobytes()

@@ -7,10 +7,10 @@ step would cost a bit an id, 8 bytes a token at K = 64.
 import numpy as np
 from numpy.typing import NDArray
 
-STEP = 1 / 256  # nats; a power of two, so that rounding to it is exact in float32
+STEP = 1 / 128  # nats; a power of two, so that rounding to it is exact in float32
 BOUND = STEP / 2  # of the error of a log-probability that is not lower than LOWEST
 NOTHING = 2**16 - 1  # the code of -inf
-LOWEST = -(NOTHING - 1) * STEP  # -256 nats. Lower ones become -inf: float32 has no probability below e^-104
+LOWEST = -(NOTHING - 1) * STEP  # -512 nats. Lower ones become -inf: float32 has no probability below e^-104
 
 
 def codes(log_probs: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -78,8 +78,8 @@ def rows(path: str | Path, split: str = "train") -> Iterator[Row]:
       split: "train" or "eval".
 
     Returns:
-      An iterator of rows of NumPy arrays (row.py): inputs, targets, segmentation, target_log_prob and entropy, [L] each;
-      ids and weights of all positions after each other, those of position i from offsets[i] to offsets[i + 1].
+      An iterator of rows of NumPy arrays (row.py): inputs, targets, segmentation, target_log_prob and entropy, [L]
+      each; ids and weights of all positions after each other, those of position i from offsets[i] to offsets[i + 1].
 
     Raises:
       ConfigError: there is no such cache, it is not complete, or a file of it is missing or of another size.

@@ -123,8 +123,11 @@ def of_top_k(
     """
     counted = tokens["targets_segmentation"] != 0
     number = ids.shape[1]
+    check_numbers(log_probs[counted])
+    check_numbers(log_tail[counted])
     kept = quantiser.rounded(log_probs[counted].reshape(-1))
-    tail = np.where(counted, quantiser.rounded(log_tail), np.float32(0))
+    tail = np.zeros(len(counted), np.float32)
+    tail[counted] = quantiser.rounded(log_tail[counted])
     offsets = offsets_of(counted, np.full(counted.sum(), number))
     teacher = TopK(kept, tail, number)
     return Row(**own(tokens), offsets=offsets, ids=ids[counted].reshape(-1).astype(np.int32), teacher=teacher,
@@ -196,7 +199,11 @@ def offsets_of(counted: NDArray[np.bool_], sizes: NDArray[np.int64]) -> NDArray[
 
 def halves(values: Floats, counted: NDArray[np.bool_]) -> Halves:
     """Rounded to float16, which holds 65504 at most; 0 where the position does not count."""
-    if np.isnan(values[counted]).any():
-        raise RunError("the teacher's log-probabilities are not numbers (NaN)")
+    check_numbers(values[counted])
     limit = np.finfo(np.float16).max
     return np.where(counted, np.clip(values, -limit, limit), 0).astype(np.float16)
+
+
+def check_numbers(values: Floats) -> None:
+    if np.isnan(values).any():
+        raise RunError("the teacher's log-probabilities are not numbers (NaN)")

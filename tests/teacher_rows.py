@@ -1,8 +1,10 @@
 """Rows as a teacher would have them, made of random numbers."""
 
+import pathlib
+
 import numpy as np
 
-from MaxText.cache import row
+from MaxText.cache import codec, manifest, row, shards
 from MaxText.cache.manifest import Contents, Teacher
 from MaxText.cache.quantiser import BOUND
 
@@ -118,3 +120,25 @@ def assert_same(found: row.Row, expected: row.Row) -> None:
     for ours, theirs in pairs:
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         assert ours.tobytes() == theirs.tobytes()
+
+
+def cache(
+    folder: pathlib.Path, rows: list[row.Row], split: str = "train", per_shard: int = 3, **changed
+) -> pathlib.Path:
+    """A complete cache of these rows, as it is written a row at a time."""
+    manifest.begin(folder, contents(**changed))
+    writer = shards.Writer(folder, split, rows_per_shard=per_shard)
+    write(writer, rows)
+    writer.close()
+    manifest.finish(folder, split, shards.all_shards(folder, split))
+    return folder
+
+
+def write(writer: shards.Writer, rows: list[row.Row], first: int = 0) -> None:
+    for place, each in enumerate(rows[first:], first):
+        writer.write([codec.encode(each)], [int(each.counts_at.sum())], {"next": place + 1})
+
+
+def some(count: int, seed: int = 0) -> list[row.Row]:
+    generator = np.random.default_rng(seed)
+    return [random_draws(generator, packed(generator, [9, 8], padding=7)) for _ in range(count)]

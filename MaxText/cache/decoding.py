@@ -30,7 +30,7 @@ class StudentRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
-        return to_batch_arrays(self.rows[int(index)], self.slots, self.vocabulary)
+        return to_batch_arrays(self.rows[index], self.slots, self.vocabulary)
 
     def __repr__(self) -> str:
         """What decides the arrays: grain compares it when a run goes on."""

@@ -15,8 +15,8 @@ LOWEST = -(NOTHING - 1) * STEP  # -512 nats. Lower ones become -inf: float32 has
 
 def codes(log_probs: NDArray[np.float32]) -> NDArray[np.uint16]:
     """The code of each log-probability: how many steps it is below 0, or NOTHING."""
-    steps = np.rint(np.minimum(log_probs, 0).astype(np.float64) / -STEP)
-    return np.minimum(steps, NOTHING).astype(np.uint16)
+    steps = np.rint(log_probs.astype(np.float64) / -STEP)
+    return np.clip(steps, 0, NOTHING).astype(np.uint16)
 
 
 def log_probs(codes: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -92,12 +92,12 @@ def of_draws(tokens: dict[str, Ints], ids: Ints, target_log_prob: Floats, entrop
 
     Args:
       tokens: the arrays of TOKENS, [L] each.
-      ids: [L, N], the drawn ids of each position, ascending and with repetitions.
+      ids: [L, N], the drawn ids of each position, in any order.
       target_log_prob: [L], nats.
       entropy: [L], nats.
     """
     counted = tokens["targets_segmentation"] != 0
-    drawn = ids[counted]
+    drawn = np.sort(ids[counted], axis=1)
     number = ids.shape[1]
     begins = np.ones(drawn.shape, bool)  # a run of equal ids
     begins[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
@@ -120,9 +120,14 @@ def of_top_k(
       log_tail: [L], the log of the mass of all other ids; -inf where there is none.
       target_log_prob: [L], nats.
       entropy: [L], nats.
+
+    Raises:
+      ValueError: ids do not ascend.
     """
     counted = tokens["targets_segmentation"] != 0
     number = ids.shape[1]
+    if (np.diff(ids[counted], axis=1) <= 0).any():
+        raise ValueError("the ids of a position do not ascend")
     check_numbers(log_probs[counted])
     check_numbers(log_tail[counted])
     kept = quantiser.rounded(log_probs[counted].reshape(-1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import teacher_rows
 
-from MaxText.cache import codec, integers, quantiser, row
+from MaxText.cache import codec, frame, integers, quantiser, row
 from MaxText.console import RunError
 
 GENERATOR = np.random.default_rng(0)
@@ -68,13 +68,19 @@ def test_all_draws_may_fall_on_one_id():
 
 def test_counts_are_those_of_a_plain_count():
     generator = np.random.default_rng(4)
-    ids = np.sort(generator.integers(0, 6, (25, 8)), axis=1)
+    ids = generator.integers(0, 6, (25, 8))
     found = teacher_rows.drawn(generator, TOKENS["packed"], ids)
     for place, counts in enumerate(found.counts_at):
         part = slice(*found.offsets[place : place + 2])
         plain = np.unique(ids[place], return_counts=True) if counts else ([], [])
         np.testing.assert_array_equal(found.ids[part], plain[0])
         np.testing.assert_array_equal(found.teacher.counts[part], plain[1])
+
+
+@pytest.mark.parametrize("ids", [[3, 2], [2, 2]])
+def test_the_most_likely_ids_ascend(ids):
+    with pytest.raises(ValueError, match="do not ascend"):
+        row.of_top_k(TOKENS["one token"], np.array([ids]), np.zeros((1, 2)), *np.zeros((3, 1)))
 
 
 def test_the_same_row_gives_the_same_bytes():
@@ -108,6 +114,17 @@ def test_a_whole_number_comes_back_whatever_its_size():
     numbers = np.concatenate([[0, 1, 2**32 - 1], 2 ** GENERATOR.integers(0, 32, 500) - GENERATOR.integers(0, 2, 500)])
     np.testing.assert_array_equal(integers.unpack(*integers.pack(numbers)), numbers)
     assert integers.unpack(*integers.pack(numbers[:0])).tolist() == []
+
+
+def test_what_is_foreseen_costs_nothing():
+    """A document more is the length and the number of a segment; a token more is nothing."""
+
+    def stored(*documents, **changed):
+        return len(frame.unforeseen(teacher_rows.packed(GENERATOR, [*documents], padding=6) | changed))
+
+    assert stored(9, 9, 9) == stored(9, 9) + 2 == stored(9) + 4
+    assert stored(9, 9) == stored(90, 400)
+    assert stored(9, inputs_position=np.arange(15)) == stored(90, inputs_position=np.arange(96)) < stored(9) + 20
 
 
 # Bytes and time -----------------------------------------------------------------------------------------------------
@@ -160,8 +177,8 @@ def test_what_float32_gives_no_probability_is_nothing():
     assert np.exp(np.float32(quantiser.LOWEST)) == 0
 
 
-def test_rounding_above_one_is_one():
-    assert quantiser.rounded(np.float32([1e-6])).tolist() == [0]
+def test_what_is_rounded_to_more_than_one_is_one():
+    assert quantiser.rounded(np.float32([1e-6, 2 * quantiser.STEP])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("place", ["log_probs", "log_tail", "target_log_prob", "entropy"])
@@ -213,6 +230,13 @@ def test_fewer_slots_than_stored_keep_the_most_likely_and_put_the_others_in_the_
         np.testing.assert_array_equal(part["teacher_log_weights"][place], log_probs[kept])
         outside = np.exp(np.append(np.delete(log_probs, kept), whole["teacher_log_tail"][place])).sum()
         np.testing.assert_allclose(np.exp(part["teacher_log_tail"][place]), outside, rtol=1e-5)
+
+
+def test_of_equally_likely_ids_the_lower_are_kept():
+    tokens = TOKENS["one token"]
+    equal = np.log(np.full((1, 4), 0.25))
+    stored = row.of_top_k(tokens, np.array([[2, 3, 5, 7]]), equal, np.array([-np.inf]), np.zeros(1), np.zeros(1))
+    assert row.to_batch_arrays(stored, 3, 9)["teacher_ids"].tolist() == [[2, 3, 5]]
 
 
 def test_draws_that_do_not_fit_are_not_left_out():

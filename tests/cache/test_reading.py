@@ -35,10 +35,11 @@ def test_rows_are_read_as_they_were_written(folder):
 
 def test_rows_are_read_by_their_number_in_another_process(folder):
     copy = pickle.loads(pickle.dumps(Rows(folder)))
-    for index in (6, 0, 3):
+    for index in (6, 0, np.int64(3)):
         teacher_rows.assert_same(copy[index], ROWS[index])
-    with pytest.raises(IndexError):
-        copy[7]
+    for index in (-1, 7):
+        with pytest.raises(IndexError):
+            copy[index]
 
 
 def test_grain_reads_rows_in_any_order_as_a_batch_has_them(folder):
@@ -150,13 +151,13 @@ def record_of(each):
 def test_a_shard_that_is_no_array_record_is_found_with_its_file(folder):
     file = folder / "train" / SHARD
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(RunError, match=f"{SHARD}: row 0 is damaged"):
+    with pytest.raises(RunError, match=f"{SHARD}: row 0 is damaged .the file holds 0 rows, its manifest says 3"):
         Rows(folder)[3]
 
 
 OTHER = teacher_rows.TEACHER.model_copy(update={"fingerprint": "e" * 32})
 CHANGES = {
-    "teacher": ({"teacher": OTHER}, "teacher: /teacher at step 7 .fingerprint f+. there, /teacher at step 7 .fingerprint e+. now"),
+    "teacher": ({"teacher": OTHER}, "teacher: /teacher at step 7 .fingerprint f+. there, .* e+. now"),
     "temperature": ({"temperature": 2.0}, "kd_temperature: 1.0 there, 2.0 now"),
     "draws": ({"draws": 24}, "kd_cache_draws: 8 there, 24 now"),
     "seed": ({"seed": 1}, "seed: 0 there, 1 now"),

@@ -78,7 +78,7 @@ def test_a_shard_that_has_not_its_name_yet_is_written_again(tmp_path, at):
     with pytest.raises(KeyboardInterrupt), mock.patch(where, side_effect=KeyboardInterrupt):
         teacher_rows.write(killed, ROWS[:3])
     again = writer(tmp_path / "killed")
-    assert (again.rows, again.position) == (0, None)
+    assert (again.rows, again.position, files(tmp_path / "killed")) == (0, None, {})
     teacher_rows.write(again, ROWS[:3])
     assert files(tmp_path / "killed" / TRAIN) == files(tmp_path / "whole" / TRAIN)
 

@@ -14,14 +14,15 @@ ROOMS: dict[str, set[str]] = {
     "upstream": set(),
     "console": set(),
     "config": {"upstream", "console"},
-    "data": {"config", "upstream", "console"},
-    "models": {"distill", "data", "config", "upstream", "console"},
+    "cache": {"config", "console"},
+    "data": {"cache", "config", "upstream", "console"},
+    "models": {"distill", "data", "cache", "config", "upstream", "console"},
     "text": {"config", "upstream", "console"},
     "reports": {"config", "upstream", "console"},
     "sweeps": {"config", "upstream", "console"},
     "cluster": {"config", "upstream", "console"},
     "huggingface": {"models", "config", "upstream", "console"},
-    "loop": {"models", "distill", "data", "config", "upstream", "console"},
+    "loop": {"models", "distill", "data", "cache", "config", "upstream", "console"},
 }
 BELOW = set(ROOMS)
 ROOMS |= {"train": BELOW, "train_compile": BELOW | {"train"}, "benchmarks": BELOW | {"train", "train_compile"}}

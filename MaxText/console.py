@@ -1,8 +1,10 @@
 """The voice: what a run and every command say, and how numbers are written in it."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from etils import epy
 from rich.console import Console
@@ -55,6 +57,14 @@ def errors_as_lines(*, refused: Errors = (), failed: Errors = (), hint: str = ""
         sys.exit(f"error: {f'{error.filename}: {error.strerror}' if error.filename else first_line(error)}{hint}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted{hint}")
+
+
+def end_with(error: Exception, status: int) -> NoReturn:
+    """Ends the program with an error as its last words: at once, for the threads of a reader or a writer that has
+    failed may never end, and may go on complaining."""
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def readable(count: float) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -28,10 +27,10 @@ from MaxText.config import resolve
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.config.teacher import resolve_teacher
-from MaxText.console import RunError, first_line, say, waiting
+from MaxText.console import RunError, end_with, first_line, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import coverage, faults, iterators, pipelines, tokens
+    from MaxText.data import cached, coverage, faults, iterators, pipelines, tokens
     from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -47,13 +46,15 @@ def main(argv: Sequence[str]) -> None:
         say(f"warning: {warning}")
     checkpoint: Any = None
     teacher_config: Any = None
-    if kd.use_kd:
+    if kd.has_teacher:
         checkpoint = teacher_lib.find_checkpoint(kd.kd_teacher_parameters_path)
         teacher_config = resolve_teacher(run, checkpoint.scan_layers)
+    if kd.use_kd:
         vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
     tokens.check_fits(config)
-    if warning := pipelines.taken_for_padding(config):
+    stored = cached.find(config, kd)
+    if stored is None and (warning := pipelines.taken_for_padding(config)):
         say(f"warning: {warning}")
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
@@ -71,16 +72,16 @@ def main(argv: Sequence[str]) -> None:
 
     with upstream.monitored(config, recorder), iterators.closed_at_the_end():
         # 2. Student and data: upstream's set-up, a checkpoint of this run restored if there is one.
-        student = student_lib.set_up(config, recorder)
+        student = student_lib.set_up(config, recorder, stored)
         start_step = student.start_step
 
-        # 3. Teacher: restored once, on the student's mesh.
+        # 3. Teacher: restored once, on the student's mesh. What was stored of one comes with the data.
         teacher = None
-        if kd.use_kd:
+        if kd.has_teacher:
             with waiting("restoring the teacher"):
                 mesh, dtype = student.mesh, kd.kd_teacher_dtype
                 teacher = teacher_lib.load(teacher_config, checkpoint, mesh, dtype, kd.kd_vocab_size)
-        manifest.keep(config, kd, teacher, student.checkpoint_manager)  # a resumed run goes on as it began
+        manifest.keep(config, kd, teacher, student)  # a resumed run goes on as it began
 
         # 4. Steps: compiled before the loop, so that step 0 costs what every step costs.
         with waiting("compiling"):
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         for line in coverage.report(config, student.mesh):
             say(line)
         look = None  # at the teacher, on one batch: of evaluation or else the first of training
-        if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.teacher_in_step:
+        if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.distils:
             look = functools.partial(sanity.check_on_first_step, config, kd)
 
         # 5. Loop.
@@ -136,12 +137,12 @@ def compile_steps(config: Any, kd: Distillation, student: "student_lib.Student",
     # Profile-guided compilation compiles by itself, later; a step that was loaded from a file is compiled.
     if not jax.config.jax_enable_pgle and not config.compiled_trainstep_file:
         with jax.set_mesh(student.mesh), logical_axis_rules(rules):
-            batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=data)
+            batch = cached.shaped_batch(config, student.cached, batch_sharding=data)
             upstream.maxtext_utils.maybe_dump_jaxpr(config, train_step, (student.state, *train_arguments, batch))
             compiled(config, train_step.lower(student.state, *train_arguments, batch))
         if evaluate is not None:
             with jax.set_mesh(student.mesh), logical_axis_rules(eval_rules):
-                batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=eval_data, is_eval=True)
+                batch = cached.shaped_batch(config, student.cached, batch_sharding=eval_data, is_eval=True)
                 compiled(config, evaluate.lower(student.state, *eval_arguments, batch))
 
     return Steps(
@@ -167,17 +168,22 @@ def jit_steps(
     evaluate: Jitted = plain_eval, ()
     if kd.use_kd:
         graphdef = heads.ends_in_hidden_states(student.graphdef, student.state)
-        models = step.Models(config, graphdef, teacher.config, teacher.graphdef, kd, student.mesh)
-        given = student.state_shardings, teacher.shardings
-        if kd.teacher_in_step:
+        models = step.Models(config, graphdef, None, None, kd, student.mesh)
+        taught: Any = models, None, None  # by what was stored: no teacher's graph, state and shardings
+        live = taught
+        if teacher is not None:
+            beside = dataclasses.replace(models, teacher_config=teacher.config, teacher=teacher.graphdef)
+            live = beside, teacher.state, teacher.shardings
+        if kd.distils:
+            models, frozen, where = live if kd.teacher_in_step else taught
             function = named(step.train_step, models, student.params_shardings)
-            returned = student.state_shardings, None
-            jitted = jit(function, in_shardings=(*given, data), out_shardings=returned, donate_argnums=0)
-            train_step = jitted, (teacher.state,)
+            given, returned = (student.state_shardings, where, data), (student.state_shardings, None)
+            train_step = jit(function, in_shardings=given, out_shardings=returned, donate_argnums=0), (frozen,)
         if student.eval_data_iterator:
+            models, frozen, where = live
             graphdef = upstream.pre_train.build_eval_graphdef(config, graphdef, student.state) or graphdef
             function = named(step.eval_step, dataclasses.replace(models, student=graphdef))
-            evaluate = jit(function, in_shardings=(*given, eval_data)), (teacher.state,)
+            evaluate = jit(function, in_shardings=(student.state_shardings, where, eval_data)), (frozen,)
     return train_step, evaluate
 
 
@@ -230,7 +236,7 @@ def train(
     done = evaluated = student.start_step - 1
     terminated, batch = False, None
     profiler = upstream.profiler.Profiler(config, offset_step=student.start_step)
-    shaped = upstream.maxtext_utils.get_shaped_batch(config)
+    shaped = cached.shaped_batch(config, student.cached)
     upstream.train_utils.prepare_before_run_start(
         config, state, student.learning_rate_schedule, student.start_step, student.mesh, student.data_loader, shaped
     )
@@ -365,10 +371,7 @@ def command_line(argv: Sequence[str]) -> None:
     except (ConfigError, RunError) as error:
         if upstream.is_verbose() and error.__cause__ is not None:
             raise
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # At once: the threads of a reader or a writer that has failed may never end, and may go on complaining.
-        os._exit(2 if isinstance(error, ConfigError) else 1)
+        end_with(error, 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where the newest checkpoint stands")
 

@@ -38,6 +38,7 @@ from MaxText.console import say, waiting
 
 with epy.lazy_imports():
     from MaxText import train as train_lib
+    from MaxText.data import cached
     from MaxText.loop import header
     from MaxText.models import student as student_lib
     from MaxText.models import teacher as teacher_lib
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     config, kd = run.student, run.kd
     for warning in kd.warnings():
         say(f"warning: {warning}")
-    teacher_config = resolve_teacher(run, config.scan_layers) if kd.use_kd else None
+    teacher_config = resolve_teacher(run, config.scan_layers) if kd.has_teacher else None
     upstream.start_engine(config)
     if config.enable_diloco:
         raise ConfigError("enable_diloco=True: its step is not train.py's; allowed is False")
@@ -58,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
     # 2. Student and teacher as shapes on the mesh of the topology.
     with student_lib.refusals_as_config_errors(config):
         mesh = upstream.maxtext_utils.get_mesh_from_config(config, devices_of(config))
-        student = abstract_student(config, mesh)
-        teacher = teacher_lib.abstract(teacher_config, mesh, kd.kd_teacher_dtype) if kd.use_kd else None
+        student = dataclasses.replace(abstract_student(config, mesh), cached=cached.assumed(config, kd))
+        teacher = teacher_lib.abstract(teacher_config, mesh, kd.kd_teacher_dtype) if kd.has_teacher else None
     say("\n".join(f"{title:>10}  {text}" for title, text in description(run, student, teacher)))
 
     # 3. The step.
@@ -91,7 +92,7 @@ def initialize(argv: list[str]) -> Run:
     defaults, user = load_layers(path)
     given = omegaconf.OmegaConf.merge(defaults, user, omegaconf.OmegaConf.from_cli(arguments))
     settled = ["skip_jax_distributed_system=true", "enable_goodput_recording=false", "use_vertex_tensorboard=false"]
-    if not given.kd_teacher_parameters_path:
+    if not given.kd_teacher_parameters_path and not given.kd_cache_path:
         settled.append("kd_teacher_parameters_path=unread")
     if topology := given.compile_topology:
         check_topology(str(topology))
@@ -172,7 +173,7 @@ def trace(config: Any, kd: Distillation, student: "student_lib.Student", teacher
     data = upstream.sharding.get_input_data_sharding(config, student.mesh, rules=config.logical_axis_rules)
     (train_step, arguments), _ = train_lib.jit_steps(config, kd, student, teacher, data, None)
     with jax.set_mesh(student.mesh), logical_axis_rules(config.logical_axis_rules):
-        batch = upstream.maxtext_utils.get_shaped_batch(config, batch_sharding=data)
+        batch = cached.shaped_batch(config, student.cached, batch_sharding=data)
         return train_step.trace(student.state, *arguments, batch)
 
 

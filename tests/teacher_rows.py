@@ -127,7 +127,7 @@ def cache(
 ) -> pathlib.Path:
     """A complete cache of these rows, as it is written a row at a time."""
     manifest.begin(folder, contents(**changed))
-    writer = shards.Writer(folder, split, rows_per_shard=per_shard)
+    writer = shards.Writer(folder, split, batches_per_shard=per_shard)
     write(writer, rows)
     writer.close()
     manifest.finish(folder, split, shards.all_shards(folder, split))
@@ -136,7 +136,7 @@ def cache(
 
 def write(writer: shards.Writer, rows: list[row.Row], first: int = 0) -> None:
     for place, each in enumerate(rows[first:], first):
-        writer.write([codec.encode(each)], [int(each.counts_at.sum())], {"next": place + 1})
+        writer.write([codec.encode(each)], [int(each.counts_at.sum())], {"batches": place + 1})
 
 
 def some(count: int, seed: int = 0) -> list[row.Row]:

@@ -38,6 +38,10 @@ CALLS = {
     "gradient_accumulation.gradient_accumulation_loss_and_grad": (
         "_loss_fn config model params params_shardings data dropout_rng"
     ),
+    "grain_data_processing._apply_mapdataset_transforms": (
+        "dataset shuffle shuffle_seed num_epoch dataloading_host_index dataloading_host_count grain_num_threads "
+        "grain_prefetch_buffer_size"
+    ),
     "grain_data_processing.find_data_files": "data_file_pattern",
     "hf_data_processing._get_pad_id": "tokenizer",
     "hf_utils.apply_hook_fns": "weight target_shape hook_fns",
@@ -184,6 +188,12 @@ SOURCES = {
     "tfds_data_processing.preprocessing_pipeline": [
         "input_pipeline_utils.get_tokenizer(", "pad_id = tokenizer_model.pad_id",
         "input_pipeline_utils.add_segmentation_and_position(x, data_column_names, padding_token=pad_id)",
+    ],
+    # A cache is read by the names that these are looked up by, and by these keys (data/cached.py).
+    "grain_data_processing._get_pipeline_fn": ["return pretrain_preprocessing_pipeline"],
+    "grain_data_processing.make_grain_train_iterator": [
+        "get_datasets,", 'split="train",', "dataloading_host_index=shard_index", "num_epoch=config.num_epoch",
+        "shuffle=config.enable_data_shuffling", "preprocessing_fn(dataset=train_ds)",
     ],
     # Rows are filled with the id of padding, in segments and positions as well.
     "input_pipeline_utils.PadOrTrimToMaxLength.map": ["self._pad_text(element[key], self.max_length, self.pad_id)"],

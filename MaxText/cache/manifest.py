@@ -34,7 +34,7 @@ class Part(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 class Teacher(Part):
     path: str
-    step: int
+    step: int | None  # None: the checkpoint does not tell
     fingerprint: str  # of its parameters, wherever they lie
 
 

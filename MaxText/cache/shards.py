@@ -32,47 +32,72 @@ class Written(Part):
 class Writer:
     """Writes one host's rows of a split, after those that it wrote before.
 
+    Args:
+      folder: the cache's.
+      split: "train" or "eval".
+      batches_per_shard: how many batches of the input's a shard is of, the same on all hosts, so that they complete
+        their shards together.
+      host, hosts: which of how many this is.
+
     Attributes:
-      rows: how many rows are in whole shards.
+      rows: how many rows have been written.
       tokens: how many positions of these count.
-      position: where the input data stands after the last row written, as `write` was given it; None: at its beginning.
+      position: where the input data stands after the last batch in a whole shard, as `write` was given it; None: at its
+        beginning.
 
     Raises:
       ConfigError: the folder cannot be written; it holds shards of another number of hosts; or one is missing or not as
         it was written.
     """
 
-    def __init__(self, folder: Path, split: str, *, rows_per_shard: int, host: int = 0, hosts: int = 1):
-        self.folder, self.rows_per_shard = folder / split, rows_per_shard
+    def __init__(self, folder: Path, split: str, *, batches_per_shard: int, host: int = 0, hosts: int = 1):
+        self.folder, self.batches_per_shard = folder / split, batches_per_shard
         self.host, self.hosts = f"host-{host:03d}", f"of-{hosts:03d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            whole = self.whole_shards()
+            self.take(self.whole_shards())
         except OSError as error:
             raise ConfigError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
-        self.next = len(whole)
+
+    def take(self, whole: list[Written]) -> None:
+        self.whole = whole
+        self.unfinished: Unfinished | None = None
         self.rows = sum(written.shard.rows for written in whole)
         self.tokens = sum(written.shard.tokens for written in whole)
         self.position = whole[-1].position if whole else None
-        self.unfinished: Unfinished | None = None
 
-    def write(self, records: list[bytes], tokens: list[int], position: dict[str, Any] | None) -> None:
+    @property
+    def batches(self) -> int:
+        """How many batches the whole shards are of."""
+        return self.position["batches"] if self.position else 0
+
+    def go_back_to(self, batches: int) -> None:
+        """Gives up the shards of later batches: those that another host had not completed when all were killed."""
+        while self.batches > batches:
+            shard = self.folder / self.whole[-1].shard.name
+            for file in (shard, shard.with_suffix(".json")):
+                file.unlink()
+            self.take(self.whole[:-1])
+
+    def write(self, records: list[bytes], tokens: list[int], position: dict[str, Any]) -> None:
         """Writes the rows of a batch.
 
         Args:
           records: the encoded rows.
           tokens: how many positions of each count.
-          position: where the input data stands after this batch, in JSON's types.
+          position: where the input data stands after this batch, in JSON's types; "batches" is how many were read.
 
         Raises:
           RunError: the folder cannot be written.
         """
         with naming(self.folder):
             if self.unfinished is None:
-                self.unfinished = Unfinished(self.shard(self.next))
+                self.unfinished = Unfinished(self.shard(len(self.whole)))
             self.unfinished.write(records, tokens)
-        self.position = position
-        if self.unfinished.rows >= self.rows_per_shard:
+        self.unfinished.position = position
+        self.rows += len(records)
+        self.tokens += sum(tokens)
+        if position["batches"] % self.batches_per_shard == 0:
             self.close()
 
     def close(self) -> None:
@@ -80,10 +105,8 @@ class Writer:
         if self.unfinished is None:
             return
         with naming(self.folder):
-            shard = self.unfinished.complete(self.position)
-        self.next, self.unfinished = self.next + 1, None
-        self.rows += shard.rows
-        self.tokens += shard.tokens
+            written = self.unfinished.complete()
+        self.take([*self.whole, written])
 
     def shard(self, index: int) -> Path:
         """The path of a shard. By name the first shards of all hosts come before their second ones."""
@@ -118,6 +141,7 @@ class Unfinished:
         self.partial.touch()  # ArrayRecord's writer reports a folder that cannot be written when it is closed
         self.writer = array_record_module.ArrayRecordWriter(str(self.partial), OPTIONS)
         self.rows = self.tokens = 0
+        self.position: dict[str, Any] | None = None  # after its last batch
 
     def write(self, records: list[bytes], tokens: list[int]) -> None:
         for record in records:
@@ -125,7 +149,7 @@ class Unfinished:
         self.rows += len(records)
         self.tokens += sum(tokens)
 
-    def complete(self, position: dict[str, Any] | None) -> Shard:
+    def complete(self) -> Written:
         self.writer.close()
         found = array_record_module.ArrayRecordReader(str(self.partial)).num_records()
         if found != self.rows:
@@ -134,9 +158,10 @@ class Unfinished:
             os.fsync(file.fileno())
         size, checksum = self.partial.stat().st_size, sha256(self.partial)
         shard = Shard(name=self.shard.name, rows=self.rows, tokens=self.tokens, bytes=size, sha256=checksum)
-        write_whole(self.shard.with_suffix(".json"), Written(shard=shard, position=position).model_dump(mode="json"))
+        written = Written(shard=shard, position=self.position)
+        write_whole(self.shard.with_suffix(".json"), written.model_dump(mode="json"))
         self.partial.replace(self.shard)
-        return shard
+        return written
 
 
 @contextmanager

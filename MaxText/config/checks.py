@@ -50,7 +50,7 @@ def check_keys(user: dict[str, Any], schema: type[pydantic.BaseModel], inside: s
             raise ConfigError(f"{inside}{key}={user[key]!r}: no such key{suggestion(str(key), known)}")
 
 
-def check_kd(user: dict[str, Any]) -> KDKeys:
+def check_kd(user: dict[str, Any], *, writes_cache: bool = False) -> Distillation:
     """Checks the kd_* keys alone: their errors need neither the engine nor a device."""
     defaults = load_yml(str(CONFIGS / "base.yml"))
     values = {key: user.get(key, defaults[key]) for key in KDKeys.model_fields}
@@ -60,13 +60,47 @@ def check_kd(user: dict[str, Any]) -> KDKeys:
         raise ConfigError(describe(error)) from None
     if kd.kd_top_k > 0 and kd.kd_top_p > 0:
         raise ConfigError(f"kd_top_k={kd.kd_top_k} kd_top_p={kd.kd_top_p}: set one of the two and leave the other 0")
-    if kd.use_kd and not kd.kd_teacher_parameters_path:
+    if kd.use_kd and not kd.kd_teacher_parameters_path and not kd.kd_cache_path:
         raise ConfigError(
-            "kd_teacher_parameters_path='': use_kd=true needs the teacher's checkpoint, a local path or gs://"
+            "kd_teacher_parameters_path='': use_kd=true needs the teacher's checkpoint, a local path or gs://, or "
+            "kd_cache_path, the folder of its stored targets"
         )
+    if writes_cache:
+        check_caching(kd)
+    elif kd.is_cached:
+        check_cached(kd)
     for quantity in ("kd_alpha", "kd_temperature"):
         check_schedule_keys(quantity, kd)
     return kd
+
+
+def check_caching(kd: KDKeys) -> None:
+    """What a cache needs to be made."""
+    for key, what in (("kd_cache_path", "the folder to write"), ("kd_teacher_parameters_path", "the teacher")):
+        if not getattr(kd, key):
+            raise ConfigError(f"{key}='': caching needs it, {what}")
+    if "://" in kd.kd_cache_path:
+        raise ConfigError(f"kd_cache_path={kd.kd_cache_path!r}: a folder is expected; a bucket must be mounted as one")
+    if kd.kd_top_p:
+        raise ConfigError(f"kd_top_p={kd.kd_top_p}: a cache holds draws or kd_top_k tokens; allowed is 0")
+    if (kd.kd_top_k > 0) != (kd.kd_cache_mode == "top_k"):
+        raise ConfigError(
+            f"kd_cache_mode={kd.kd_cache_mode} kd_top_k={kd.kd_top_k}: top_k stores so many tokens a position, and "
+            "sample leaves none out (kd_top_k=0)"
+        )
+
+
+def check_cached(kd: KDKeys) -> None:
+    """What stored targets cannot serve."""
+    if "://" in kd.kd_cache_path:
+        raise ConfigError(f"kd_cache_path={kd.kd_cache_path!r}: a folder is expected; a bucket must be mounted as one")
+    fine = {"kd_temperature_schedule": "constant", "kd_mtp_alpha": 0, "kd_top_p": 0, "kd_cache_verify": False}
+    for key, allowed in fine.items():
+        if (value := getattr(kd, key)) != allowed:
+            raise ConfigError(
+                f"{key}={value}: not supported together with kd_cache_path={kd.kd_cache_path!r}, whose targets are "
+                f"stored; allowed is {allowed}"
+            )
 
 
 # The form of a schedule -> which of its _start and _end it reads: at least one of them, and of linear and cosine all.
@@ -172,7 +206,7 @@ def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.Bas
         raise ConfigError(
             f"kd_mtp_alpha={kd.kd_mtp_alpha} mtp_num_layers=0: the student has no MTP head to distil into"
         )
-    if kd.kd_mtp_alpha > 0 and not kd.teacher_in_step:
+    if kd.kd_mtp_alpha > 0 and not kd.distils:
         raise ConfigError(f"kd_mtp_alpha={kd.kd_mtp_alpha} kd_alpha=0: kd_alpha=0 leaves the teacher out of the step")
     for quantity in ("kd_alpha", "kd_temperature"):
         check_schedule_phases(quantity, kd, student)

@@ -41,11 +41,16 @@ class KDKeys(pydantic.BaseModel):
     kd_mtp_alpha: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_block_mib: int = pydantic.Field(gt=0)
     kd_teacher_max_ce: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    kd_cache_path: str
+    kd_cache_mode: Literal["sample", "top_k"]
+    kd_cache_draws: int = pydantic.Field(ge=1, le=65535)
+    kd_cache_rows: int = pydantic.Field(ge=0)
+    kd_cache_verify: bool
     kd_allow_change: bool
 
     @pydantic.field_validator(
         "kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", "kd_teacher_max_ce", "kd_vocab_size",
-        "kd_mtp_alpha",
+        "kd_mtp_alpha", "kd_cache_draws", "kd_cache_rows",
         "kd_alpha_start", "kd_alpha_end", "kd_temperature_start", "kd_temperature_end", mode="before",
     )  # fmt: skip
     @classmethod
@@ -56,7 +61,7 @@ class KDKeys(pydantic.BaseModel):
 
     @pydantic.field_validator(
         "kd_teacher_parameters_path", "kd_teacher_model_name", "kd_teacher_dtype", "kd_teacher_overrides",
-        "kd_teacher_tokenizer_path", mode="before",
+        "kd_teacher_tokenizer_path", "kd_cache_path", mode="before",
     )  # fmt: skip
     @classmethod
     def _none_is_empty(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
@@ -72,12 +77,27 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
         return self.kd_top_k > 0 or 0 < self.kd_top_p < 1
 
     @property
-    def teacher_in_step(self) -> bool:
-        """Whether the train step runs the teacher; evaluation always does under use_kd."""
+    def is_cached(self) -> bool:
+        """Whether the student learns from stored targets."""
+        return self.use_kd and bool(self.kd_cache_path)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs, in the step or for evaluations alone."""
+        return self.use_kd and bool(self.kd_teacher_parameters_path)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the train step takes a divergence."""
         return self.use_kd and (self.kd_alpha > 0 or self.kd_alpha_schedule != "constant")
 
+    @property
+    def teacher_in_step(self) -> bool:
+        """Whether the train step runs the teacher; where there is one, evaluation always does."""
+        return self.distils and not self.is_cached
+
     def warnings(self) -> list[str]:
-        if not (self.teacher_in_step and self.truncates and self.kd_truncation_strategy == "renormalize"):
+        if not (self.distils and self.truncates and self.kd_truncation_strategy == "renormalize"):
             return []
         found = []
         if self.kd_top_k == 1:

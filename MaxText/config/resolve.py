@@ -15,6 +15,7 @@ import pydantic
 
 from MaxText import upstream
 from MaxText.config.checks import check_kd, check_keys, check_refused, check_run, check_teacher_keys, refusable
+from MaxText.config.data import cached_data
 from MaxText.config.files import CONFIGS, absolute, load_layers, merged_flag, resolved_keys
 from MaxText.config.keys import ConfigError, Distillation, KDKeys, config_class, describe, environment_keys
 from MaxText.config.presets import preset_folder
@@ -35,8 +36,12 @@ class Run:
     user: dict[str, Any]
 
 
-def initialize(argv: list[str]) -> Run:
+def initialize(argv: list[str], *, writes_cache: bool = False) -> Run:
     """Resolves `argv` = [program, [config.yml], key=value ...].
+
+    Args:
+      argv: the command line.
+      writes_cache: for the program that makes the cache at kd_cache_path, and does not learn from it.
 
     Raises:
       ConfigError: on any input that cannot be trained on.
@@ -53,8 +58,11 @@ def initialize(argv: list[str]) -> Run:
     user = resolved_keys(base, omegaconf.OmegaConf.merge(user_files, command_line))
     schema = config_class()
     check_keys(user, schema)
-    if check_kd(user | environment_keys(KDKeys)).use_kd:  # before the engine finds another fault with the same keys
+    given = check_kd(user | environment_keys(KDKeys), writes_cache=writes_cache)
+    if given.use_kd:  # before the engine finds another fault with the same keys
         check_refused(refusable(user | environment_keys(schema), schema))
+    stored = cached_data(given.kd_cache_path) if given.is_cached and not writes_cache else {}
+    user |= stored
     merged = omegaconf.OmegaConf.merge(base, user_files)
     output = user.get("base_output_directory")
     if output and "M_BASE_OUTPUT_DIRECTORY" not in os.environ:  # checkpoints want an absolute path
@@ -67,7 +75,7 @@ def initialize(argv: list[str]) -> Run:
     on_cpu = str((user | environment_keys(schema)).get("hardware", base["hardware"])) == "cpu"
     # The first touch of devices: where libtpu is installed, it tells at length that there is no TPU.
     with upstream.quietly() if on_cpu else contextlib.nullcontext():
-        student = resolved("", merged, folder, arguments, schema)
+        student = resolved("", merged, folder, arguments, schema, **stored)
     check_run(student)
     # Below one row a device MaxText reads a row for each and evaluates on a part of them.
     rows = student.global_batch_size_to_load_eval

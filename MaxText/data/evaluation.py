@@ -24,20 +24,49 @@ Batch = dict[str, Any]
 DROPPING = {"hf": "hf_data_processing", "tfds": "tfds_data_processing"}
 
 
+def within_documents(batch: Batch) -> Batch:
+    """The batch without the targets that are the first token of the next document in a packed row.
+
+    How many there are depends on how documents were packed; no document says what comes after it.
+    """
+    segments = batch["targets_segmentation"]
+    return batch | {"targets_segmentation": np.where(segments == batch["inputs_segmentation"], segments, 0)}
+
+
+def all_of_it(batch: Batch) -> Batch:
+    return batch
+
+
 class FullBatches:
     """A host's batches: each of all its rows, and as many batches as the host with the most data has.
 
     What fills them up are zeros, which are no target anywhere: their segmentation is 0.
+
+    Args:
+      batches: what the pipeline makes.
+      empty: a batch in which nothing counts.
+      counted: what of a batch's targets counts.
     """
 
-    def __init__(self, batches: Iterable[Batch], empty: Batch):
+    def __init__(self, batches: Iterable[Batch], empty: Batch, counted: Callable[[Batch], Batch] = within_documents):
         self.batches = batches
         self.empty = empty
+        self.counted = counted
+        self.reading: Any = None  # what the batches come from
+        self.begin: Any = None  # a state of it to go on from
+
+    @property
+    def state(self) -> Any:
+        """Where the data stands after the last batch, in JSON's types; None for a pipeline that cannot tell."""
+        return self.reading.get_state() if hasattr(self.reading, "get_state") else None
 
     def __iter__(self) -> Iterator[Batch]:
         # TensorFlow's data sets give tensors otherwise.
         given = self.batches.as_numpy_iterator() if hasattr(self.batches, "as_numpy_iterator") else self.batches
-        batches = iter(given)
+        batches: Any = iter(given)
+        self.reading = batches
+        if self.begin is not None:
+            batches.set_state(self.begin)
         empty = self.empty
         try:
             while True:
@@ -46,20 +75,11 @@ class FullBatches:
                     return
                 if batch is not None:
                     rows = len(self.empty["targets"])
-                    batch = within_documents({key: filled(np.asarray(value), rows) for key, value in batch.items()})
+                    batch = self.counted({key: filled(np.asarray(value), rows) for key, value in batch.items()})
                     empty = {key: np.zeros_like(value) for key, value in batch.items()}
                 yield empty if batch is None else batch
         finally:
             upstream.multihost_dataloading._close_iterator(batches)
-
-
-def within_documents(batch: Batch) -> Batch:
-    """The batch without the targets that are the first token of the next document in a packed row.
-
-    How many there are depends on how documents were packed; no document says what comes after it.
-    """
-    segments = batch["targets_segmentation"]
-    return batch | {"targets_segmentation": np.where(segments == batch["inputs_segmentation"], segments, 0)}
 
 
 def filled(value: np.ndarray, rows: int) -> np.ndarray:
@@ -72,17 +92,24 @@ def any_host(has: bool) -> bool:
 
 
 @contextlib.contextmanager
-def read_whole() -> Iterator[None]:
-    """Around the set-up of a run's data: evaluation data is made by the rules of this module."""
+def read_whole(training: bool = False) -> Iterator[None]:
+    """Around the set-up of a run's data: evaluation data is made by the rules of this module.
+
+    Args:
+      training: the data for training is, too, but that all its targets count.
+    """
     interface = upstream.input_pipeline_interface
     original = interface.create_process_specific_iterator
 
     def create(config: Any, mesh: Any, processes: Any, make: Callable, is_training: bool = True) -> Any:
-        if is_training:
+        if is_training and not training:
             return original(config, mesh, processes, make)
+        if is_training:
+            with whole_batches(config, is_eval=False):
+                return original(config, mesh, processes, make)
         # grain's and olmo's pipelines know no other batch than the training's.
         sized = upstream.with_settings(config, global_batch_size_to_load=config.global_batch_size_to_load_eval)
-        with whole_batches(config):
+        with whole_batches(config, is_eval=True):
             return original(sized, mesh, processes, make, is_training=False)
 
     with mock.patch.object(interface, "create_process_specific_iterator", create):
@@ -90,15 +117,16 @@ def read_whole() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_batches(config: Any) -> Iterator[None]:
-    """While an evaluation's pipeline is made: a last batch that is not full is kept and filled up."""
+def whole_batches(config: Any, is_eval: bool) -> Iterator[None]:
+    """While a pipeline is made: a last batch that is not full is kept and filled up."""
     loading = upstream.multihost_dataloading
     iterator = loading.MultiHostDataLoadIterator
-    shapes = upstream.maxtext_utils.get_shaped_batch(config, is_eval=True)
+    shapes = upstream.maxtext_utils.get_shaped_batch(config, is_eval=is_eval)
     empty = {key: np.zeros((x.shape[0] // jax.process_count(), *x.shape[1:]), x.dtype) for key, x in shapes.items()}
+    counted = within_documents if is_eval else all_of_it
 
     def load(batches: Iterable[Batch], mesh: Any, *settings: Any, **more: Any) -> Any:
-        return iterator(FullBatches(batches, empty), mesh, *settings, **more)
+        return iterator(FullBatches(batches, empty, counted), mesh, *settings, **more)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(loading, "MultiHostDataLoadIterator", load))

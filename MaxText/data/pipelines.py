@@ -20,8 +20,13 @@ from MaxText.data import evaluation, rows, tokens
 
 
 @contextlib.contextmanager
-def mended(config: Any) -> Iterator[None]:
-    """Around what opens a run's data."""
+def mended(config: Any, *, each_row_once: bool = False) -> Iterator[None]:
+    """Around what opens a run's data.
+
+    Args:
+      config: MaxText's configuration of the run.
+      each_row_once: the data for training is read as evaluation data is, to its last row, and all hosts to the end.
+    """
     by_position = not tells_padding_by_id(config)
     # All that is called is taken, and so imported, before any of it is replaced.
     find_data_files = upstream.grain_data_processing.find_data_files
@@ -49,7 +54,7 @@ def mended(config: Any) -> Iterator[None]:
         mock.patch.object(upstream.hf_data_processing, "_get_pad_id", hf_padding),
         mock.patch.object(upstream.input_pipeline_utils, "ShiftData", next_tokens),
         mended_tfds(by_position) if config.dataset_type == "tfds" else contextlib.nullcontext(),
-        evaluation.read_whole(),
+        evaluation.read_whole(training=each_row_once),
     ):
         yield
 

@@ -5,6 +5,7 @@ Left out on purpose: data that is given as tokens, which no tokenizer vouches fo
 """
 
 import contextlib
+import hashlib
 from typing import Any
 
 from MaxText import upstream
@@ -42,6 +43,15 @@ SPELLED = {
         for i in {*loaded.model._mergeable_ranks.values(), *loaded.special_tokens.values()}
     },
 }
+
+
+def identity(config: Any) -> str:
+    """A hash of the tokens that a run's tokenizer has, by their ids; "" where there is no tokenizer."""
+    kind, loaded = of_run(config)
+    if loaded is None:
+        return ""
+    tokens = sorted(SPELLED[kind](loaded).items())
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:32]
 
 
 def check_fits(config: Any) -> None:

@@ -8,6 +8,7 @@ from flax import nnx
 from MaxText.config.keys import Distillation
 from MaxText.config.resolve import Run
 from MaxText.console import readable, say
+from MaxText.data.cached import Cached
 from MaxText.models import heads
 
 
@@ -24,6 +25,8 @@ def header(run: Run, student: Any, teacher: Any) -> None:
         at = "" if teacher.checkpoint.step is None else f", step {teacher.checkpoint.step}"
         lines.append(("teacher", model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))
         lines.append(("", f"from {teacher.checkpoint.root}{at}"))
+    if student.cached is not None:
+        lines += targets_text(kd, student.cached)
     lines.append(("loss", loss_text(kd)))
     if kd.use_kd:
         size = heads.block_size(student.mesh, config, kd)
@@ -31,6 +34,19 @@ def header(run: Run, student: Any, teacher: Any) -> None:
     lines.append(("tokens", f"{readable(tokens)} a step, {readable(tokens * left)} to go; {data_text(config)}"))
     lines.append(("devices", layout_text(student.mesh)))
     say("\n".join(f"{title:>8}  {text}" for title, text in lines))
+
+
+def targets_text(kd: Distillation, cached: Cached) -> list[tuple[str, str]]:
+    """What was stored, of which teacher."""
+    contents = cached.contents
+    assert contents is not None
+    kept = f"{contents.draws} draws" if contents.mode == "sample" else f"the {cached.slots} likeliest tokens"
+    at = "" if contents.teacher.step is None else f", step {contents.teacher.step}"
+    use = "" if kd.distils else "; read by evaluations alone (kd_alpha=0)"
+    return [
+        ("targets", f"{kept} a position, stored in {cached.folder}{use}"),
+        ("", f"of the teacher {contents.teacher.path}{at}"),
+    ]
 
 
 def steps_text(start: int, steps: int) -> str:
@@ -49,7 +65,7 @@ def model_text(config: Any, params: nnx.State) -> str:
 def loss_text(kd: Distillation) -> str:
     if not kd.use_kd:
         return "cross-entropy (use_kd=false)"
-    if not kd.teacher_in_step:
+    if not kd.distils:
         return "cross-entropy (kd_alpha=0); the teacher serves evaluation alone"
     kept = f"the {kd.kd_vocab_size} shared tokens" if kd.kd_vocab_size else "the whole vocabulary"
     if kd.truncates:

@@ -23,33 +23,35 @@ from MaxText.config.files import CONFIGS, load_yml
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.console import say
 from MaxText.data import files
+from MaxText.data.cached import Cached
 from MaxText.models.teacher import EPHEMERAL, Teacher
 
 NAME = "distillation.json"
 # Keys that change neither the loss nor what is evaluated; the teacher's path is told apart by what lies there.
 FREE = {"kd_block_mib", "kd_allow_change", "kd_teacher_max_ce", "kd_teacher_parameters_path",
-        "kd_teacher_tokenizer_path"}  # fmt: skip
+        "kd_teacher_tokenizer_path", "kd_cache_path"}  # fmt: skip
 
 Manifest = dict[str, Any]
 
 
-def keep(config: Any, kd: Distillation, teacher: Teacher | None, manager: Any) -> None:
+def keep(config: Any, kd: Distillation, teacher: Teacher | None, student: Any) -> None:
     """Compares a resumed run with its manifest and writes the manifest: before the first step, by the first process.
 
     Args:
       config: MaxText's configuration of the student.
       kd: the distillation settings.
-      teacher: None with use_kd=false.
-      manager: upstream's checkpoint manager; None: nothing is saved, and nothing can be resumed.
+      teacher: None where none runs.
+      student: its checkpoint manager (None: nothing is saved, and nothing can be resumed), and its cache.
 
     Raises:
       ConfigError: the run began with another teacher or other settings, and kd_allow_change is false; or the manifest
         can be neither read nor written.
     """
+    manager = student.checkpoint_manager
     if manager is None:
         return
     file = epath.Path(config.checkpoint_dir).parent / NAME
-    now, before = describe(kd, teacher) | {"data": files.listed(config)}, None
+    now, before = describe(kd, teacher, student.cached) | {"data": files.listed(config)}, None
     if upstream.checkpointing.latest_step(manager) is not None:
         before = read(file, kd)
         changes = differences(before, now)
@@ -67,15 +69,20 @@ def keep(config: Any, kd: Distillation, teacher: Teacher | None, manager: Any) -
         write(file, now)
 
 
-def describe(kd: Distillation, teacher: Teacher | None) -> Manifest:
+def describe(kd: Distillation, teacher: Teacher | None, cached: Cached | None = None) -> Manifest:
+    """The settings, and the teacher that the student learns from: the one whose targets were stored, if any were."""
+    settings = {key: value for key, value in kd.model_dump(mode="json").items() if key not in FREE}
+    if cached is not None and cached.contents is not None:
+        return {"settings": settings, "teacher": cached.contents.teacher.model_dump()}
     if teacher is None or teacher.checkpoint is None:
         return {"settings": {"use_kd": False}}
-    settings = {key: value for key, value in kd.model_dump(mode="json").items() if key not in FREE}
+    return {"settings": settings, "teacher": identity(teacher)}
+
+
+def identity(teacher: Teacher) -> dict[str, Any]:
+    assert teacher.checkpoint is not None
     root, step = str(teacher.checkpoint.root), teacher.checkpoint.step
-    return {
-        "settings": settings,
-        "teacher": {"path": root, "step": step, "fingerprint": fingerprint(teacher.state)},
-    }
+    return {"path": root, "step": step, "fingerprint": fingerprint(teacher.state)}
 
 
 def differences(before: Manifest | None, now: Manifest) -> list[str]:

@@ -19,13 +19,13 @@ from MaxText.loop import failures
 MARGIN = 0.05
 
 
-def check(config: Any, kd: Distillation, ce: float, teacher_ce: float, where: str) -> None:
+def check(config: Any, kd: Distillation, ce: float | None, teacher_ce: float, where: str) -> None:
     """Says what the teacher is worth, in nats per token.
 
     Args:
       config: MaxText's configuration of the student.
       kd: the distillation settings.
-      ce: the student's cross-entropy on a batch.
+      ce: the student's cross-entropy on a batch; None where there is no student.
       teacher_ce: the teacher's.
       where: which batch.
 
@@ -34,16 +34,18 @@ def check(config: Any, kd: Distillation, ce: float, teacher_ce: float, where: st
     """
     tokens = kd.kd_vocab_size or config.vocab_size
     uniform = math.log(tokens)
-    path = f"kd_teacher_parameters_path={kd.kd_teacher_parameters_path!r}"
+    key = "kd_teacher_parameters_path" if kd.has_teacher else "kd_cache_path"
+    path = f"{key}={getattr(kd, key)!r}"
+    students = "" if ce is None else f", the student {ce:.4f}"
     if not math.isfinite(teacher_ce):
         lacks = f", or has tokens that it lacks (kd_vocab_size={kd.kd_vocab_size})" if kd.kd_vocab_size else ""
         raise ConfigError(f"{path}: its cross-entropy on {where} is {teacher_ce}: the teacher is broken{lacks}")
     if 0 < kd.kd_teacher_max_ce < teacher_ce:
         raise ConfigError(
             f"kd_teacher_max_ce={kd.kd_teacher_max_ce:g}: the teacher's cross-entropy on {where} is {teacher_ce:.4f} "
-            f"(guessing among {tokens} tokens: {uniform:.4f}; the student: {ce:.4f}). {path}"
+            f"(guessing among {tokens} tokens has {uniform:.4f}{students}). {path}"
         )
-    say(f" teacher  ce {teacher_ce:.4f} on {where}; guessing has {uniform:.4f}, the student {ce:.4f}")
+    say(f" teacher  ce {teacher_ce:.4f} on {where}; guessing has {uniform:.4f}{students}")
     if teacher_ce > (1 - MARGIN) * uniform:
         say(
             f"warning: THE TEACHER IS NO BETTER THAN GUESSING: its cross-entropy is {teacher_ce:.4f}, "

@@ -19,6 +19,7 @@ from MaxText import upstream
 from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens
+from MaxText.distill.stored import StoredTeacher
 from MaxText.loop import schedules
 from MaxText.models import heads, mtp
 
@@ -33,8 +34,8 @@ class Models:
     Attributes:
       config: MaxText's configuration of the student and of the run.
       student: graph of MaxText's train state (model and optimizer).
-      teacher_config: MaxText's configuration of the teacher.
-      teacher: graph of the teacher.
+      teacher_config: MaxText's configuration of the teacher; None without one.
+      teacher: graph of the teacher; None where the batch holds what was stored of one.
       kd: the distillation settings.
       mesh: the run's mesh.
 
@@ -44,7 +45,7 @@ class Models:
     config: Any
     student: nnx.GraphDef
     teacher_config: Any
-    teacher: nnx.GraphDef
+    teacher: nnx.GraphDef | None
     kd: Distillation
     mesh: jax.sharding.Mesh
 
@@ -54,7 +55,7 @@ class Models:
 
 
 def train_step(
-    models: Models, params_shardings: nnx.State, state: nnx.State, teacher: nnx.State, batch: Batch
+    models: Models, params_shardings: nnx.State, state: nnx.State, teacher: nnx.State | None, batch: Batch
 ) -> tuple[nnx.State, dict[str, Any]]:
     """One update of the student.
 
@@ -107,7 +108,7 @@ def train_step(
     return nnx.state(train_state, nnx.Not(nnx.Intermediate)), output
 
 
-def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch) -> dict[str, Scalars]:
+def eval_step(models: Models, state: nnx.State, teacher: nnx.State | None, batch: Batch) -> dict[str, Scalars]:
     """Sums over one evaluation batch; metrics.py adds them up and divides by the token count of all batches.
 
     The temperature is that of the update which the evaluation follows.
@@ -123,7 +124,7 @@ def eval_step(models: Models, state: nnx.State, teacher: nnx.State, batch: Batch
 def distillation_loss(
     models: Models,
     model: nnx.Module,
-    teacher: nnx.State,
+    teacher: nnx.State | None,
     data: Batch,
     is_train: bool,
     alpha: jax.Array,
@@ -143,16 +144,8 @@ def distillation_loss(
     data = {key: value[:rows] for key, value in data.items()}  # per_device_batch_size < 1 loads more than it trains on
     dropout = config.enable_dropout and is_train
     reported = forward(model, config, data, dropout)
-    teacher_model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
-    # Routes that the data forces are the student's.
-    teacher_data = {key: value for key, value in data.items() if key != "forced_routed_experts"}
-    rules = models.teacher_config.logical_axis_rules if is_train else models.teacher_config.logical_axis_rules_for_eval
-    with logical_axis_rules(rules):
-        teacher_reported = forward(teacher_model, models.teacher_config, teacher_data, enable_dropout=False)
-    hidden = heads.normed_hidden_states(model, reported, dropout)
-    teacher_hidden = heads.normed_hidden_states(teacher_model, teacher_reported, enable_dropout=False)
-    learner = heads.Side(config, heads.head_of(model), hidden)
-    guide = heads.Side(models.teacher_config, heads.head_of(teacher_model), teacher_hidden)
+    learner = heads.Side(config, heads.head_of(model), heads.normed_hidden_states(model, reported, dropout))
+    guide = teachers_side(models, teacher, data, is_train)
     tokens = Tokens(data["targets"], data["targets_segmentation"] != 0)
     weights = Weights(alpha, temperature, config.z_loss_multiplier)
     objective, parts = heads.kd_objective(models.mesh, kd, learner, guide, tokens, weights, evaluation=not is_train)
@@ -180,6 +173,34 @@ def distillation_loss(
     }
     summed = config.gradient_accumulation_steps > 1 and is_train
     return (objective if summed else objective / jnp.maximum(n, 1)), aux
+
+
+def teachers_side(models: Models, teacher: nnx.State | None, data: Batch, is_train: bool) -> heads.Side | StoredTeacher:
+    """What the teacher says of a (micro)batch: by a forward pass, or what was stored of one."""
+    if models.teacher is None:
+        return stored_teacher(models.kd, data)
+    model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
+    # Routes that the data forces are the student's.
+    data = {key: value for key, value in data.items() if key != "forced_routed_experts"}
+    config = models.teacher_config
+    rules = config.logical_axis_rules if is_train else config.logical_axis_rules_for_eval
+    with logical_axis_rules(rules):
+        reported = forward(model, config, data, enable_dropout=False)
+    hidden = heads.normed_hidden_states(model, reported, enable_dropout=False)
+    return heads.Side(config, heads.head_of(model), hidden)
+
+
+def stored_teacher(kd: Distillation, data: Batch) -> StoredTeacher:
+    """What a batch of a cache's rows holds of the teacher (data/cached.py)."""
+    return StoredTeacher(
+        data["teacher_ids"],
+        data["teacher_log_weights"],
+        data.get("teacher_log_tail"),
+        data["teacher_target_log_prob"],
+        data["teacher_entropy"],
+        kd.kd_temperature,
+        kd.kd_vocab_size,
+    )
 
 
 def forward(model: nnx.Module, config: Any, data: Batch, enable_dropout: bool) -> dict[str, Any]:
@@ -266,6 +287,7 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
     ce = sums["ce_sum"] / n
     lm_loss = ce + sums["z_loss_sum"] / n  # as upstream means it: with the z-loss
     distilled_mtp = ("mtp_ce_loss", "mtp_kd_loss") if models.kd.kd_mtp_alpha > 0 else ()
+    kept = {"learning/kd_kept_mass": sums["kept_mass_sum"] / n} if "kept_mass_sum" in sums else {}  # not of draws
     return {
         "learning/loss": sums["objective"] / n,
         "learning/ce_loss": ce,
@@ -273,10 +295,10 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
         "learning/perplexity": jnp.exp(lm_loss),
         "learning/kd_loss": sums["kd_sum"] / n,
         "learning/teacher_ce_loss": sums["teacher_ce_sum"] / n,
-        "learning/kd_kept_mass": sums["kept_mass_sum"] / n,
         "learning/z_loss": sums["z_loss_sum"] / n,
         "learning/moe_lb_loss": sums["moe_lb_loss_sum"] / n,
         "learning/mtp_loss": sums["mtp_loss_sum"] / n,
         "learning/total_weights": sums["n"],
+        **kept,
         **{f"learning/{name}": sums[f"{name}_sum"] / n for name in distilled_mtp},
     }

@@ -28,8 +28,11 @@ from MaxText.distill.blockwise import Tokens, blockwise_kd
 from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.kd_loss import KDSums
 from MaxText.distill.projection import Projection
+from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.teacher_side import LiveTeacher
 from MaxText.distill.truncation import Scalar
+
+Guide = LiveTeacher | StoredTeacher
 
 MTP_HIDDEN_STATES = "mtp_hidden_states"  # what a decoder reports them as
 
@@ -214,7 +217,7 @@ def kd_objective(
     mesh: Mesh,
     kd: Distillation,
     student: Side,
-    teacher: Side | None,
+    teacher: Side | StoredTeacher | None,
     tokens: Tokens,
     weights: Weights,
     *,
@@ -226,29 +229,26 @@ def kd_objective(
       mesh: the run's mesh.
       kd: the distillation settings.
       student: what is trained.
-      teacher: no gradient reaches it. None: cross-entropy alone is asked for, and alpha is 0.
+      teacher: no gradient reaches it; of a stored one the arrays are [B, L, ...]. None: cross-entropy alone is asked
+        for, and alpha is 0.
       tokens: targets and mask, [B, L].
       weights: of the step at hand.
-      evaluation: also sum the full-vocabulary KL at T = 1 and the agreement.
+      evaluation: also sum the full-vocabulary KL at T = 1 and the agreement, where they can be known.
 
     Returns:
       The objective's sum over all valid positions, and the sums it is made of.
     """
     layout = Layout(mesh, tokens.targets.shape, student.config.vocab_size)
     learner, learner_spec = projection(student, layout)
-    if teacher is None:
-        guide, guide_spec = knowing_nothing(student, layout)
-        kd = kd.model_copy(update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0})
-    else:
-        guide, guide_spec = projection(teacher, layout)
+    guide, guide_spec = teachers_side(kd, student, teacher, layout)
     axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
 
     def local(
-        learner: Projection, guide: Projection, tokens: Tokens, alpha: Scalar, temperature: Scalar
+        learner: Projection, guide: Guide, tokens: Tokens, alpha: Scalar, temperature: Scalar
     ) -> tuple[Float[Array, ""], KDSums]:
         result = blockwise_kd(
             flat_rows(learner),
-            LiveTeacher(flat_rows(guide), kd.kd_top_k, kd.kd_top_p, kd.kd_vocab_size),
+            flat_guide(guide),
             Tokens(*map(flat, tokens)),
             weights._replace(alpha=alpha, temperature=temperature),
             divergence=FORWARD_KL[kd.kd_truncation_strategy],
@@ -267,6 +267,23 @@ def kd_objective(
         out_specs=nowhere,
     )
     return sharded(learner, guide, tokens, weights.alpha, weights.temperature)
+
+
+def teachers_side(
+    kd: Distillation, student: Side, teacher: Side | StoredTeacher | None, layout: Layout
+) -> tuple[Guide, Guide]:
+    """The teacher as the walk takes it, its rows [B, L, ...]; and how each array lies on the mesh in its place."""
+    if isinstance(teacher, StoredTeacher):
+        return teacher, jax.tree.map(lambda x: PartitionSpec(*layout.tokens, *[None] * (x.ndim - 2)), teacher)
+    model, spec = knowing_nothing(student, layout) if teacher is None else projection(teacher, layout)
+    limits = (0, 0.0, 0) if teacher is None else (kd.kd_top_k, kd.kd_top_p, kd.kd_vocab_size)
+    return LiveTeacher(model, *limits), LiveTeacher(spec, *limits)
+
+
+def flat_guide(guide: Guide) -> Guide:
+    if isinstance(guide, LiveTeacher):
+        return dataclasses.replace(guide, model=flat_rows(guide.model))
+    return jax.tree.map(flat, guide)
 
 
 def projection(side: Side, layout: Layout) -> tuple[Projection, Projection]:

@@ -46,7 +46,7 @@ def loss(
     mesh: Mesh,
     kd: Distillation,
     student: heads.Side,
-    teacher: heads.Side,
+    teacher: Any,
     data: Batch,
     reported: dict[str, Any],
     temperature: Float[Array, ""],
@@ -60,16 +60,17 @@ def loss(
       mesh: the run's mesh.
       kd: the distillation settings; truncation and shared vocabulary hold here as well.
       student: the model itself; its MTP layers share its head.
-      teacher: not read where kd_mtp_alpha is 0.
+      teacher: a model's side; not read where kd_mtp_alpha is 0.
       data: the batch.
       reported: what the student's layers reported.
       temperature: of the step at hand.
     """
     weights = Weights(jnp.float32(kd.kd_mtp_alpha), temperature)
     total: Any = None
-    for hidden, ahead, tokens in depths(data, reported, teacher.hidden):
+    reads_teacher = kd.kd_mtp_alpha > 0
+    for hidden, ahead, tokens in depths(data, reported, (teacher if reads_teacher else student).hidden):
         drafting = student._replace(hidden=hidden)
-        guide = teacher._replace(hidden=ahead) if kd.kd_mtp_alpha > 0 else None
+        guide = teacher._replace(hidden=ahead) if reads_teacher else None
         objective, sums = heads.kd_objective(mesh, kd, drafting, guide, tokens, weights, evaluation=False)
         depth = jnp.stack([objective, sums.ce_sum, sums.kd_sum, sums.n])
         total = depth if total is None else total + depth

@@ -13,6 +13,7 @@ from MaxText import upstream
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
 from MaxText.data import faults, pipelines
+from MaxText.data.cached import Cached, read_instead
 from MaxText.models import resumed
 
 
@@ -32,15 +33,16 @@ class Student:
     rampup_manager: Any
     eval_data_iterator: Any
     checkpoint_manager: Any
+    cached: Cached | None = None  # where its teacher's targets come with the data
 
 
-def set_up(config: Any, recorder: Any) -> Student:
-    """Builds or restores the student's train state and opens the data.
+def set_up(config: Any, recorder: Any, cached: Cached | None = None) -> Student:
+    """Builds or restores the student's train state and opens the data: documents, or the rows of a cache.
 
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
     """
-    with misfits_by_name(config), refusals_as_config_errors(config), pipelines.mended(config):
+    with misfits_by_name(config), refusals_as_config_errors(config), pipelines.mended(config), read_instead(cached):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
             upstream.train_utils.setup_train_loop(config, recorder)
@@ -63,6 +65,7 @@ def set_up(config: Any, recorder: Any) -> Student:
         rampup_manager=rampup,
         eval_data_iterator=eval_iterator,
         checkpoint_manager=manager,
+        cached=cached,
     )
 
 

@@ -107,7 +107,7 @@ def test_a_cache_that_is_being_written_is_refused(tmp_path):
     manifest.begin(tmp_path, teacher_rows.contents())
     with pytest.raises(ConfigError, match=r"train: holds no complete rows$"):
         cache.rows(tmp_path)
-    shards.Writer(tmp_path, "train", rows_per_shard=3)
+    shards.Writer(tmp_path, "train", batches_per_shard=3)
     with pytest.raises(ConfigError, match=r"train: holds no complete rows; cache_teacher.py .* goes on"):
         cache.rows(tmp_path)
 

@@ -20,7 +20,7 @@ TRAIN = "train"
 
 
 def writer(folder, **changed):
-    return shards.Writer(folder, TRAIN, **{"rows_per_shard": 3} | changed)
+    return shards.Writer(folder, TRAIN, **{"batches_per_shard": 3} | changed)
 
 
 def files(folder):
@@ -35,18 +35,30 @@ def test_every_row_is_there_once_in_order(tmp_path):
 
 
 def test_a_shard_ends_with_a_batch(tmp_path):
-    whole = writer(tmp_path)
-    for first in range(0, 8, 2):
-        whole.write([b"a", b"b"], [1, 2], {"batch": first})
+    whole = writer(tmp_path, batches_per_shard=2)
+    for number in range(1, 6):
+        whole.write([b"a", b"b"], [1, 2], {"batches": number})
+    assert (whole.rows, whole.batches) == (10, 4)  # written, and in whole shards
     whole.close()
-    assert [shard.rows for shard in shards.all_shards(tmp_path, TRAIN)] == [4, 4]
-    assert (whole.rows, whole.tokens, whole.position) == (8, 12, {"batch": 6})
+    assert [shard.rows for shard in shards.all_shards(tmp_path, TRAIN)] == [4, 4, 2]
+    assert (whole.rows, whole.tokens, whole.position) == (10, 15, {"batches": 5})
+
+
+def test_a_host_that_is_ahead_goes_back_to_the_others(tmp_path):
+    ahead = writer(tmp_path / "ahead")
+    teacher_rows.write(ahead, ROWS)
+    ahead.go_back_to(3)
+    assert (ahead.rows, ahead.batches) == (3, 3)
+    teacher_rows.write(ahead, ROWS, ahead.rows)
+    ahead.close()
+    teacher_rows.cache(tmp_path / "whole", ROWS)
+    assert files(tmp_path / "ahead" / TRAIN) == files(tmp_path / "whole" / TRAIN)
 
 
 KILLED = """
 import os, pathlib, sys, teacher_rows
 from MaxText.cache import shards
-writer = shards.Writer(pathlib.Path(sys.argv[1]), "train", rows_per_shard=3)
+writer = shards.Writer(pathlib.Path(sys.argv[1]), "train", batches_per_shard=3)
 teacher_rows.write(writer, teacher_rows.some(11)[: int(sys.argv[2])], writer.rows)
 os.kill(os.getpid(), 9)
 """
@@ -62,7 +74,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(tmp_path):
         assert status == -9
         assert any(file.suffix == ".partial" for file in (killed / TRAIN).iterdir())
     again = writer(killed)
-    assert (again.rows, again.position) == (6, {"next": 6})
+    assert (again.rows, again.position) == (6, {"batches": 6})
     teacher_rows.write(again, ROWS, again.rows)
     again.close()
     manifest.finish(killed, TRAIN, shards.all_shards(killed, TRAIN))
@@ -166,7 +178,7 @@ def little_space():
 def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path, little_space):
     begun = writer(tmp_path)
     with pytest.raises(RunError, match=f"{tmp_path}/train: cannot be written .*File too large.*goes on"):
-        begun.write([bytes(200_000)] * 3, [0] * 3, None)
+        begun.write([bytes(200_000)] * 3, [0] * 3, {"batches": 3})
 
 
 def test_a_shard_that_did_not_keep_what_was_written_is_no_shard(tmp_path):

@@ -68,7 +68,7 @@ def begun(smoke: Any, shards: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     def go(folder: Any, allow: bool = False, **keys: Any) -> None:
         config = with_data(smoke.student, folder, checkpoint_dir=str(run / "checkpoints"), **keys)
         kd = smoke.kd.model_copy(update={"kd_allow_change": allow})
-        manifest.keep(config, kd, None, types.SimpleNamespace())
+        manifest.keep(config, kd, None, types.SimpleNamespace(checkpoint_manager=object(), cached=None))
 
     go(shards)
     go.file = epath.Path(run / manifest.NAME)  # type: ignore[attr-defined]

@@ -1,0 +1,181 @@
+"""A student's data out of a cache of its teacher's targets: rows that are made, in the place of documents.
+
+MaxText's grain pipeline reads them: its shuffling, epochs, hosts, workers and saved positions are those of any data.
+What is put in its place is the source, rows by their number, and what it does to documents, which is nothing here.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import grain.python as grain
+import jax
+import numpy as np
+
+from MaxText import upstream
+from MaxText.cache import decoding, manifest
+from MaxText.config.keys import ConfigError, Distillation
+from MaxText.data import tokens
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+SPLITS = ("train", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """A cache as a run reads it.
+
+    Attributes:
+      folder: where it lies.
+      contents: what it holds, of which teacher; None for shapes without values.
+      slots: stored tokens of a position that a batch has room for.
+      has_tail: whether a batch tells the mass of the others.
+      vocabulary: the student's.
+      rows: of the training data, how many are read; 0: all.
+    """
+
+    folder: Path
+    contents: manifest.Contents | None
+    slots: int
+    has_tail: bool
+    vocabulary: int
+    rows: int = 0
+
+    def beside(self, batch: Shapes) -> Shapes:
+        """The shapes of a batch, with those of the targets in it."""
+        shape, place = batch["targets"].shape, batch["targets"].sharding
+        number = functools.partial(jax.ShapeDtypeStruct, shape, np.float32, sharding=place)
+        per_slot = (*shape, self.slots)
+        targets = {
+            "teacher_ids": jax.ShapeDtypeStruct(per_slot, np.int32, sharding=place),
+            "teacher_log_weights": jax.ShapeDtypeStruct(per_slot, np.float32, sharding=place),
+            "teacher_target_log_prob": number(),
+            "teacher_entropy": number(),
+        }
+        return batch | targets | ({"teacher_log_tail": number()} if self.has_tail else {})
+
+
+def shaped_batch(config: Any, cached: Cached | None, **how: Any) -> Shapes:
+    """The shapes of a run's batches; `how` is the engine's."""
+    batch = upstream.maxtext_utils.get_shaped_batch(config, **how)
+    return batch if cached is None else cached.beside(batch)
+
+
+def assumed(config: Any, kd: Distillation) -> Cached | None:
+    """A cache as the keys for writing one have it, for a compilation without it."""
+    if not kd.is_cached:
+        return None
+    has_tail = kd.kd_cache_mode == "top_k"
+    slots = kd.kd_top_k if has_tail else kd.kd_cache_draws
+    return Cached(Path(kd.kd_cache_path), None, slots, has_tail, config.vocab_size)
+
+
+def find(config: Any, kd: Distillation) -> Cached | None:
+    """The cache that a run learns from; None where it learns from a teacher, or from none.
+
+    Raises:
+      ConfigError: there is none, it is damaged, or it is not one for this run.
+    """
+    if not kd.is_cached:
+        return None
+    folder = Path(kd.kd_cache_path)
+    splits = SPLITS if config.eval_interval > 0 else SPLITS[:1]
+    found = {split: manifest.check(folder, split) for split in splits}["train"]
+    check_fits(config, kd, found.contents)
+    rows = found.splits["train"].rows
+    if max(kd.kd_cache_rows, config.global_batch_size_to_load) > rows:
+        key = "kd_cache_rows" if kd.kd_cache_rows > rows else "global_batch_size_to_load"
+        value = kd.kd_cache_rows or config.global_batch_size_to_load
+        raise ConfigError(f"{key}={value}: kd_cache_path={kd.kd_cache_path} holds {rows} rows")
+    slots = kd.kd_top_k or found.contents.slots
+    has_tail = found.contents.mode == "top_k"
+    return Cached(folder, found.contents, slots, has_tail, config.vocab_size, kd.kd_cache_rows)
+
+
+def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> None:
+    """Raises ConfigError, naming the key, where the cache's targets are none for this student."""
+    where = f"kd_cache_path={kd.kd_cache_path}"
+    wanted = {
+        "max_target_length": (config.max_target_length, contents.row_length),
+        "kd_temperature": (kd.kd_temperature, contents.temperature),
+        "kd_vocab_size": (kd.kd_vocab_size, contents.kd_vocab_size),
+    }
+    if not contents.kd_vocab_size:
+        wanted["vocab_size"] = (config.vocab_size, contents.vocab_size)
+    for key, (value, stored) in wanted.items():
+        if value != stored:
+            raise ConfigError(f"{key}={value:g}: {where} was made with {stored:g}; set that, or cache anew")
+    if contents.mode == "sample" and kd.kd_top_k:
+        raise ConfigError(f"kd_top_k={kd.kd_top_k}: {where} holds draws, of which none is left out; allowed is 0")
+    if contents.mode == "top_k" and kd.kd_top_k > contents.top_k:
+        raise ConfigError(f"kd_top_k={kd.kd_top_k}: {where} holds {contents.top_k} tokens a position at most")
+    identity = tokens.identity(config)
+    if contents.tokenizer and identity and identity != contents.tokenizer:
+        raise ConfigError(
+            f"tokenizer_path={config.tokenizer_path!r}: {where} was made with another tokenizer: a token id means "
+            "another token there"
+        )
+
+
+@contextlib.contextmanager
+def read_instead(cached: Cached | None) -> Iterator[None]:
+    """Around what opens a run's data: the rows of `cached`, if there is one."""
+    if cached is None:
+        yield
+        return
+    module = upstream.grain_data_processing
+    with (
+        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached)),
+        mock.patch.object(module, "pretrain_preprocessing_pipeline", batched),
+    ):
+        yield
+
+
+def rows_of(
+    cached: Cached,
+    *files: Any,
+    split: str,
+    shuffle: bool,
+    shuffle_seed: int,
+    num_epoch: int | None,
+    dataloading_host_index: int,
+    dataloading_host_count: int,
+    grain_num_threads: int,
+    grain_prefetch_buffer_size: int,
+    **others: Any,
+) -> Any:
+    """In the place of the engine's `get_datasets`: the rows that this host reads, in the order in which it does."""
+    source = decoding.StudentRows(cached.folder, split, slots=cached.slots, vocabulary=cached.vocabulary)
+    dataset = grain.MapDataset.source(source)
+    if split == "train" and cached.rows:
+        dataset = dataset[: cached.rows]
+    return upstream.grain_data_processing._apply_mapdataset_transforms(
+        dataset,
+        shuffle,
+        shuffle_seed,
+        num_epoch,
+        dataloading_host_index,
+        dataloading_host_count,
+        grain_num_threads,
+        grain_prefetch_buffer_size,
+    )
+
+
+def batched(
+    dataset: Any,
+    config: Any,
+    data_columns: Any,
+    tokenize: bool,
+    grain_worker_count: int,
+    grain_per_worker_buffer_size: int,
+) -> Any:
+    """In the place of what the engine does to documents. A last batch is filled up with zeros, which do not count."""
+    module = upstream.data_processing_utils
+    rows = module.get_local_batch_size(config)
+    batch = functools.partial(grain.experimental.batch_and_pad, batch_size=rows, pad_value=0)
+    dataset = dataset.batch(rows, batch_fn=batch)
+    return module.apply_multiprocessing_and_prefetch(dataset, config, grain_worker_count, grain_per_worker_buffer_size)

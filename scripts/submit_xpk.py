@@ -89,6 +89,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="HF_TOKEN, LIBTPU_INIT_ARGS ..."
     )
+    parser.add_argument(
+        "--cache-teacher", action="store_true", help="run MaxText/cache_teacher.py, once for many students"
+    )
     parser.add_argument("--project", help="default: gcloud's")
     parser.add_argument("--zone", help="default: gcloud's")
     instead = parser.add_mutually_exclusive_group()
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--tpu-type={args.tpu_type}: xpk does not know it; --render-jobset does")
     names = {field.name for field in dataclasses.fields(Submission)}
     submission = Submission(tpu=tpu, **{name: value for name, value in vars(args).items() if name in names})
-    check_settings(submission.config, submission.settings, tpu, submission.num_slices)
+    check_settings(submission.config, submission.settings, tpu, submission.num_slices, args.cache_teacher)
     if args.render_jobset:
         print(submission.jobset, end="")
         return 0

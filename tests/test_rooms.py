@@ -25,7 +25,12 @@ ROOMS: dict[str, set[str]] = {
     "loop": {"models", "distill", "data", "cache", "config", "upstream", "console"},
 }
 BELOW = set(ROOMS)
-ROOMS |= {"train": BELOW, "cache_teacher": BELOW, "train_compile": BELOW | {"train"}, "benchmarks": BELOW | {"train", "train_compile"}}
+ROOMS |= {
+    "train": BELOW,
+    "cache_teacher": BELOW,
+    "train_compile": BELOW | {"train"},
+    "benchmarks": BELOW | {"train", "train_compile"},
+}
 ROOMS |= {"scripts": set(ROOMS)}
 
 

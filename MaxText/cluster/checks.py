@@ -11,8 +11,11 @@ from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
 
 
-def check_settings(config: str, overrides: Sequence[str], tpu: Slice, num_slices: int) -> None:
-    """Resolves all settings for the cluster's devices, of which none need be here, and refuses what train.py would.
+def check_settings(
+    config: str, overrides: Sequence[str], tpu: Slice, num_slices: int, cache_teacher: bool = False
+) -> None:
+    """Resolves all settings for the cluster's devices, of which none need be here, and refuses what the program would:
+    train.py, or cache_teacher.py.
 
     Left out: the teacher's checkpoint and the data, which this machine may not be able to read.
 
@@ -20,8 +23,9 @@ def check_settings(config: str, overrides: Sequence[str], tpu: Slice, num_slices
       ConfigError: the run would not start.
     """
     devices = [f"compile_topology={tpu.name}", f"compile_topology_num_slices={num_slices}"]
-    run = resolve.initialize(["train.py", config, *overrides, *devices])
-    if run.kd.use_kd:
+    forced = ["use_kd=true"] if cache_teacher else []
+    run = resolve.initialize(["program", config, *overrides, *devices, *forced], writes_cache=cache_teacher)
+    if run.kd.has_teacher:
         resolve_teacher(run, scan_layers=None)
     check_mesh(run.student, upstream.topologies()[tpu.name].devices_per_slice, num_slices)
     if run.student.hardware != "tpu":
@@ -31,7 +35,7 @@ def check_settings(config: str, overrides: Sequence[str], tpu: Slice, num_slices
             f"skip_jax_distributed_system=True: each of the {tpu.hosts * num_slices} hosts would train by itself; "
             "allowed is False"
         )
-    for key in ("base_output_directory", "kd_teacher_parameters_path"):
+    for key in ("base_output_directory", "kd_teacher_parameters_path", "kd_cache_path"):
         path = str(run.user.get(key) or "")
         if not ("://" in path or os.path.isabs(path)) and (path or key == "base_output_directory"):
             raise ConfigError(

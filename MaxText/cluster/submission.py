@@ -25,6 +25,7 @@ class Submission:
       output: base_output_directory; None for the config's.
       base_docker_image: where there is no docker_image, what xpk puts this working tree on.
       env: variables of every host, NAME=VALUE.
+      cache_teacher: the teacher's targets are computed, instead of a student being trained.
     """
 
     tpu: Slice
@@ -40,6 +41,7 @@ class Submission:
     cluster: str | None
     project: str | None
     zone: str | None
+    cache_teacher: bool
 
     @property
     def settings(self) -> list[str]:
@@ -51,7 +53,8 @@ class Submission:
     def command(self) -> list[str]:
         """The command of one host, in the repository's root."""
         config = Path(self.config).resolve().relative_to(ROOT).as_posix()
-        return ["bash", "deploy/restartable.sh", "python", "MaxText/train.py", config, *self.settings]
+        program = "MaxText/cache_teacher.py" if self.cache_teacher else "MaxText/train.py"
+        return ["bash", "deploy/restartable.sh", "python", program, config, *self.settings]
 
     @property
     def xpk_call(self) -> list[str]:

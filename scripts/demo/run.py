@@ -1,10 +1,11 @@
 """Pretrains a teacher, then the same student with and without it, on real text, and compares them on held-out files.
 
-    make demo        2 CPU cores, 9 to 15 minutes, no network
+    make demo        2 CPU cores, 10 to 16 minutes, no network
 
-Everything lies under runs/demo: the corpus, and for each run its checkpoints, metrics.jsonl and train.log; results.json
-and demo.png at the end. Each run is one `python MaxText/train.py ...` command, printed before it starts. A second call
-keeps the runs whose settings, corpus and trainer are unchanged and goes on with the one that was interrupted.
+One more student learns from the teacher's targets, computed once and kept. Everything lies under runs/demo: the
+corpus, the cache, for each run its log, checkpoints and metrics.jsonl, and results.json and demo.png at the end.
+Each run is one `python MaxText/...` command, printed before it starts. A second call keeps the runs whose settings,
+corpus and trainer are unchanged and goes on with the one that was interrupted.
 """
 
 import argparse
@@ -42,6 +43,7 @@ class Run:
     title: str
     config: str
     overrides: tuple[str, ...] = ()
+    program: str = "MaxText/train.py"
 
     @property
     def folder(self) -> Path:
@@ -50,7 +52,15 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The command, as typed in the repository's root."""
-        return [PYTHON, "MaxText/train.py", self.config, *self.overrides]
+        return [PYTHON, self.program, self.config, *self.overrides]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what it left is."""
+        return any((self.folder / "checkpoints").glob("*/items")) and bool(read_metrics(self))
+
+    def outcome(self) -> str:
+        return f"held-out cross-entropy {summary(read_metrics(self))['ce']:.3f}"
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -58,6 +68,18 @@ class Run:
         files = [OmegaConf.load(ROOT / path) for path in ("configs/demo/common.yml", self.config)]
         merged = OmegaConf.merge(*files, OmegaConf.from_dotlist(list(self.overrides)))
         return cast(dict[str, Any], OmegaConf.to_container(merged))
+
+
+class Caching(Run):
+    """The teacher's targets, computed once: the run's folder is the cache."""
+
+    @property
+    def is_there(self) -> bool:
+        return (self.folder / "manifest.json").exists()
+
+    def outcome(self) -> str:
+        found = json.loads((self.folder / "manifest.json").read_text())["splits"]["train"]
+        return f"{found['tokens']:,} tokens of {found['rows']:,} rows, {found['bytes_per_token']:.0f} bytes each"
 
 
 def student(name: str, title: str, alpha: int, *overrides: str) -> Run:
@@ -70,7 +92,13 @@ STUDENT_CE = student("student_ce", "CE student", 0)
 STUDENT_KD = student("student_kd", "KD student", 1)
 SMALL_CE = student("small_ce", "CE student", 0, SMALL)
 SMALL_KD = student("small_kd", "KD student", 1, SMALL)
-RUNS = (TEACHER, STUDENT_CE, STUDENT_KD, SMALL_CE, SMALL_KD)
+# The rows that the students read, and those of the evaluations.
+ROWS = "kd_cache_rows=2400"
+CACHE = Caching(
+    "cache", "cache", STUDENT_KD.config, ("kd_cache_path=runs/demo/cache", ROWS), "MaxText/cache_teacher.py"
+)
+STUDENT_CACHED = student("student_cached", "KD student, from the cache", 1, "kd_cache_path=runs/demo/cache")
+RUNS = (TEACHER, STUDENT_CE, STUDENT_KD, SMALL_CE, SMALL_KD, CACHE, STUDENT_CACHED)
 
 
 def trainer_identity() -> str:
@@ -83,11 +111,12 @@ def trainer_identity() -> str:
 
 
 def fingerprint(run: Run, sources: list[str]) -> str:
-    """Changes with whatever decides the outcome of `run`: its settings, `sources` and, for a student, the teacher.
+    """Changes with whatever decides the outcome of `run`: its settings, `sources`, and those of what it learns from.
 
     `sources` are the identities of the corpus and of the trainer.
     """
-    settings = [run.settings] if run is TEACHER else [run.settings, TEACHER.settings]
+    before = {TEACHER.name: [], STUDENT_CACHED.name: [TEACHER, CACHE]}.get(run.name, [TEACHER])
+    settings = [each.settings for each in (run, *before)]
     return hashlib.sha256(json.dumps([settings, sources], sort_keys=True).encode()).hexdigest()
 
 
@@ -99,10 +128,10 @@ def read_metrics(run: Run) -> Rows:
 
 
 def launch(run: Run, console: Console) -> int:
-    """Runs the command of `run`, its output in train.log and a progress bar on a terminal. Returns the exit status."""
+    """Runs the command of `run`, its output beside the folder's files and a bar on a terminal. Returns the exit status."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
     with (
-        (run.folder / "train.log").open("a") as log,
+        log_of(run).open("a") as log,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         process = subprocess.Popen(run.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -119,19 +148,23 @@ def launch(run: Run, console: Console) -> int:
     return process.returncode
 
 
-def train(run: Run, sources: list[str], console: Console) -> float:
-    """Trains `run`, or goes on with it, or keeps it where it is finished. Returns its seconds, all calls together."""
+def log_of(run: Run) -> Path:
+    """Beside the folders: that of a cache holds nothing else."""
+    return OUT / f"{run.name}.log"
+
+
+def carry_out(run: Run, sources: list[str], console: Console) -> float:
+    """Makes `run`, or goes on with it, or keeps it where it is finished. Returns its seconds, all calls together."""
     console.print(f"\n[bold]{run.name}[/]  $ {shlex.join(run.command)}")
-    state_path, identity = run.folder / "demo.json", fingerprint(run, sources)
+    state_path, identity = OUT / f"{run.name}.json", fingerprint(run, sources)
     state = json.loads(state_path.read_text()) if state_path.exists() else {}
     if state.get("fingerprint") != identity:
         shutil.rmtree(run.folder, ignore_errors=True)
         state = {"fingerprint": identity, "seconds": 0.0, "finished": False}
-    if state["finished"] and any((run.folder / "checkpoints").glob("*/items")) and read_metrics(run):
+    if state["finished"] and run.is_there:
         console.print("finished earlier and kept")
         return state["seconds"]
 
-    run.folder.mkdir(parents=True, exist_ok=True)
     state_path.write_text(json.dumps(state))
     start, status = time.monotonic(), 1
     try:
@@ -140,10 +173,10 @@ def train(run: Run, sources: list[str], console: Console) -> float:
         state |= {"seconds": state["seconds"] + time.monotonic() - start, "finished": status == 0}
         state_path.write_text(json.dumps(state))
     if status:
-        log = run.folder / "train.log"
+        log = log_of(run)
         console.print("\n".join(log.read_text().splitlines()[-20:]), markup=False)
         sys.exit(f"{run.name} failed with status {status}; the whole log is {log.relative_to(ROOT)}")
-    console.print(f"{state['seconds']:.0f} s, held-out cross-entropy {summary(read_metrics(run))['ce']:.3f}")
+    console.print(f"{state['seconds']:.0f} s, {run.outcome()}")
     return state["seconds"]
 
 
@@ -158,13 +191,14 @@ def main() -> None:
         f"{corpus['eval']['rows']} rows from {corpus['eval']['files']} other files to evaluate"
     )
     sources = [corpus["identity"], trainer_identity()]
-    seconds = {run.name: train(run, sources, console) for run in RUNS}
+    seconds = {run.name: carry_out(run, sources, console) for run in RUNS}
     if trainer_identity() != sources[1]:
         sys.exit("MaxText/ was edited while the demo ran: its runs are not comparable; run it again")
 
-    histories = {run.name: read_metrics(run) for run in RUNS}
+    histories = {run.name: read_metrics(run) for run in RUNS if run is not CACHE}
     results = {name: summary(rows) for name, rows in histories.items()}
     read = {run.name: run.settings["steps"] * run.settings["per_device_batch_size"] for run in RUNS}
+    cached = results[STUDENT_CACHED.name]
     same = verdict(*(results[run.name]["ce"] for run in (STUDENT_CE, STUDENT_KD, TEACHER)))
     small = verdict(*(results[run.name]["ce"] for run in (SMALL_CE, SMALL_KD, TEACHER)))
     seen = min(read["teacher"], train_rows)
@@ -172,8 +206,13 @@ def main() -> None:
     small_title = f"Small data: {small_rows} rows, read {read['small_kd'] / small_rows:.1f} times"
 
     console.print()
-    console.print(table(same_title, {run.title: results[run.name] for run in (TEACHER, STUDENT_CE, STUDENT_KD)}))
+    students = (TEACHER, STUDENT_CE, STUDENT_KD, STUDENT_CACHED)
+    console.print(table(same_title, {run.title: results[run.name] for run in students}))
     console.print(same)
+    console.print(
+        f"From the cache, which took {seconds['cache']:.0f} s to make: {cached['ce']:.3f}, at "
+        f"{cached['tokens_per_second'] / results['student_kd']['tokens_per_second']:.1f} times the speed."
+    )
     console.print()
     console.print(table(small_title, {run.title: results[run.name] for run in (TEACHER, SMALL_CE, SMALL_KD)}))
     console.print(f"{small} This student learns from a teacher that saw {seen / small_rows:.0f} times more text.")
@@ -184,6 +223,7 @@ def main() -> None:
     console.print(
         "\ncurves       runs/demo/demo.png\nnumbers      runs/demo/results.json\n"
         "checkpoints  runs/demo/<run>/checkpoints\nmetrics      runs/demo/<run>/metrics.jsonl\n"
+        "cache        runs/demo/cache\nlogs         runs/demo/<run>.log\n"
         f"{time.monotonic() - start:.0f} s"
     )
 

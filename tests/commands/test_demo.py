@@ -187,10 +187,18 @@ def test_an_edit_of_the_trainer_changes_its_identity(monkeypatch: pytest.MonkeyP
 
 def test_the_students_differ_in_what_they_learn_from_alone() -> None:
     def differences(one: demo.Run, other: demo.Run) -> set[str]:
-        return {key for key in one.settings if one.settings[key] != other.settings[key]} - {"run_name", "metrics_file"}
+        keys = one.settings.keys() | other.settings.keys()
+        return {key for key in keys if one.settings.get(key) != other.settings.get(key)} - {"run_name", "metrics_file"}
 
     assert differences(demo.STUDENT_CE, demo.STUDENT_KD) == differences(demo.SMALL_CE, demo.SMALL_KD) == {"kd_alpha"}
     assert differences(demo.STUDENT_KD, demo.SMALL_KD) == {"grain_train_files"}
+    assert differences(demo.STUDENT_KD, demo.STUDENT_CACHED) == {"kd_cache_path"}
+
+
+def test_the_cache_holds_the_rows_that_a_student_reads() -> None:
+    settings = demo.STUDENT_CACHED.settings
+    assert demo.CACHE.settings["kd_cache_path"] == settings["kd_cache_path"]
+    assert demo.CACHE.settings["kd_cache_rows"] == settings["steps"] * settings["per_device_batch_size"]
 
 
 def test_the_teacher_of_the_students_is_the_one_that_was_trained() -> None:

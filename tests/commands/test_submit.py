@@ -360,3 +360,12 @@ def test_xpk_puts_the_code_on_a_base_image_and_leaves_out_what_is_made_here(xpk,
     assert {"MaxText/train.py", "deploy/restartable.sh", "configs/smoke.yml", "pyproject.toml"} < set(paths)
     made = (".venv", ".git/", "runs", "build/")
     assert [path for path in paths if path.startswith(made) or "__pycache__" in path] == []
+
+
+def test_a_job_may_compute_the_teachers_targets_instead(capsys):
+    job = ["--cache-teacher", *KD[1:]]
+    call = printed(capsys, "--dry-run", *job, "kd_cache_path=/mnt/cache")
+    assert "python MaxText/cache_teacher.py configs/smoke.yml" in call and "MaxText/train.py" not in call
+    for path in ("", "cache", "gs://bucket/cache"):
+        with pytest.raises(ConfigError, match=f"kd_cache_path='{path}'"):
+            submit_xpk.main(arguments("--dry-run", *job, *TPU, f"kd_cache_path={path}"))

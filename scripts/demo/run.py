@@ -128,7 +128,7 @@ def read_metrics(run: Run) -> Rows:
 
 
 def launch(run: Run, console: Console) -> int:
-    """Runs the command of `run`, its output beside the folder's files and a bar on a terminal. Returns the exit status."""
+    """Runs the command of `run`, its output in its log and a bar on a terminal. Returns the exit status."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
     with (
         log_of(run).open("a") as log,

@@ -79,6 +79,7 @@ def resolve_config(
 
     Args:
       base: the yml files, already merged; upstream would look for them only beside each other and in its own package.
+        It is the caller's no more: upstream takes keys out of it.
       preset_folder: a folder whose `models/` is searched before upstream's for `<model_name>.yml`.
       arguments: `key=value` of the command line.
       config_class: the pydantic model that the settings must satisfy.
@@ -89,7 +90,7 @@ def resolve_config(
       ValueError: what upstream's own validation refuses.
     """
     anchor = os.path.join(preset_folder, "base.yml")  # upstream derives the preset's folder from this name
-    with mock.patch.object(pyconfig, "_load_config", lambda _: base.copy()):
+    with mock.patch.object(pyconfig, "_load_config", lambda _: base):
         resolved = pyconfig._initialize_pydantic(["", anchor, *arguments], config_class=config_class, **overrides)
     return pyconfig.HyperParameters(resolved)
 

@@ -70,10 +70,12 @@ def merged_flag(base: omegaconf.DictConfig, user: dict[str, Any], key: str) -> b
 def resolved_keys(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dict[str, Any]:
     """The user's keys with their interpolations, which may name keys of `base`, filled in."""
     try:
-        everything = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.merge(base, user), resolve=True)
+        refers = "${" in omegaconf.OmegaConf.to_yaml(user)  # else the thousand keys of `base` need not be copied
+        everything = omegaconf.OmegaConf.merge(base, user) if refers else user
+        found: Any = omegaconf.OmegaConf.to_container(everything, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from None
-    return {str(key): everything[key] for key in user}
+    return {str(key): found[key] for key in user}
 
 
 def absolute(path: str) -> str:

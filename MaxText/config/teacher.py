@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from MaxText import upstream
-from MaxText.config.files import CONFIGS, load_layers
+from MaxText.config.files import defaults
 from MaxText.config.keys import ConfigError, KDKeys, config_class
 from MaxText.config.presets import preset_folder, preset_keys
 from MaxText.config.resolve import Run, resolved
@@ -63,7 +63,7 @@ def resolve_teacher(run: Run, scan_layers: bool | None) -> Any:
     settings = user | fixed | dict(run.kd.kd_teacher_overrides)
     if run.kd.kd_vocab_size:  # its tables are cut or filled up to the student's when they are restored
         settings["vocab_size"] = run.student.vocab_size
-    base, _ = load_layers(str(CONFIGS / "base.yml"))
+    base = defaults().copy()
     preset = preset_folder("kd_teacher_model_name", str(settings.get("model_name", "default")), folder)
     # The student's M_<KEY> variables are already in what the teacher shares; they must not reshape the teacher.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("M_")}

@@ -394,6 +394,7 @@ def test_a_trained_student_is_exported_as_it_was_saved(teacher, base):
     assert sum(value.size for value in exported.values()) == sum(x.size for x in jax.tree.leaves(stored))
 
 
+@pytest.mark.slow
 def test_biases_of_routers_which_are_no_parameters_are_exported_too(experts, base):
     settings = [f"{key}={value}" for key, value in EXPERTS.items()]
     export_student.main(["--run", str(experts.folder), "--output", str(base / "experts"), SMOKE, *settings])

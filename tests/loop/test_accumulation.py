@@ -97,7 +97,8 @@ def assert_same_step(one, other):
 # Dense ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("microbatches", [4, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [4, 2])
 def test_a_step_does_not_depend_on_the_number_of_microbatches(make, microbatches):
     batch, keys = lab_lib.padded_batch(rows=8), {"z_loss_multiplier": 1e-2}
     whole, parts = update(make(**keys), batch), update(make(microbatches, **keys), batch)

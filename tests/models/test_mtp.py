@@ -151,7 +151,8 @@ def test_the_heads_learn_the_teachers_next_token_where_their_predictions_lie(mak
         assert float(logged[f"learning/mtp_{name}"]) == pytest.approx(float(value), rel=1e-5)
 
 
-@pytest.mark.parametrize("alpha", (0.4, pytest.param(0.0, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", (0.4, 0.0))
 def test_no_logits_of_an_mtp_head_exist(make, alpha):
     lab = make(kd_mtp_alpha=alpha, per_device_batch_size=32, kd_block_mib=1)
     config, whole = lab.run.student, lab_lib.padded_batch(rows=32)

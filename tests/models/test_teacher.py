@@ -96,6 +96,7 @@ def test_router_biases_come_back_although_they_are_no_parameters(request, tmp_pa
         np.testing.assert_array_equal(restored[path], value)  # in float32, whatever parameters are held in
 
 
+@pytest.mark.slow
 def test_a_teacher_of_8_bits_keeps_the_scales_of_its_weights(lab, teacher, tmp_path):
     stored = nnx.traversals.flatten_mapping(ocp.load(f"{teacher}/5", checkpointable_name="items")["params"]["params"])
     quantised = {}

@@ -272,7 +272,8 @@ def train(
         profiler.deactivate()
         if upstream.is_data_failure(reason):
             what = faults.named(config, reason, ("train",)) or first_line(reason.__context__ or reason)
-            raise ConfigError(f"{data_settings(config)}: {what}") from reason
+            kind = ConfigError if student.cached is None else RunError  # a cache has been looked at
+            raise kind(f"{data_settings(config)}: {what}") from reason
         if upstream.is_end_of_data(reason):
             logger.flush()
             schedule, start = student.learning_rate_schedule, student.start_step

@@ -86,8 +86,8 @@ def check_caching(kd: KDKeys) -> None:
         raise ConfigError(f"kd_cache_path={kd.kd_cache_path!r}: a folder is expected; a bucket must be mounted as one")
     if kd.kd_temperature_schedule != "constant":
         raise ConfigError(
-            f"kd_temperature_schedule={kd.kd_temperature_schedule}: a cache is made at one temperature, kd_temperature; "
-            "allowed is constant"
+            f"kd_temperature_schedule={kd.kd_temperature_schedule}: a cache is made at one temperature; allowed "
+            "is constant"
         )
     if kd.kd_top_p:
         raise ConfigError(f"kd_top_p={kd.kd_top_p}: a cache holds draws or kd_top_k tokens; allowed is 0")

@@ -120,7 +120,9 @@ def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> No
     if kd.kd_temperature != contents.temperature and not is_inside:
         why = "draws are from that distribution alone"
         if contents.mode == "top_k":
-            why = f"kd_truncation_strategy={kd.kd_truncation_strategy} needs the mass outside at T; renormalize does not"
+            why = (
+                f"kd_truncation_strategy={kd.kd_truncation_strategy} needs the mass outside at T; renormalize does not"
+            )
         raise ConfigError(
             f"kd_temperature={kd.kd_temperature:g}: {where} was made with {contents.temperature:g} ({why}); set that, "
             "or cache anew"

@@ -29,8 +29,8 @@ from MaxText.models.teacher import Teacher
 
 # Of one host, in a file: what a kill costs at most.
 TOKENS_PER_SHARD = 1 << 21
-# In the position of a batch of which kd_cache_rows left rows out. It is a shard of its own, which is given up where more
-# rows are wanted.
+# In the position of a batch of which kd_cache_rows left rows out. It is a shard of its own, which is given up where
+# more rows are wanted.
 CUT = "cut"
 # Bytes a token takes, roughly, by what is stored: for an estimate before there is any.
 DRAWN, LIKELIEST = 0.55, 2.3

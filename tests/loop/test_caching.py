@@ -229,9 +229,9 @@ def test_where_a_pipeline_cannot_go_on_in_its_middle_rows_are_read_again_and_ski
     letters.save_letters(tmp_path / "tokenizer")
     lines = ["abcdefghijklmnopqrstuvwxyz"[:length] for length in range(2, 13)]
     (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
-    keys = {"dataset_type": "hf", "grain_worker_count": 0, "hf_path": "json", "hf_train_files": tmp_path / "text.jsonl", "packing": "false",
-            "tokenizer_type": "huggingface", "tokenizer_path": tmp_path / "tokenizer", "add_bos": "false",
-            "kd_teacher_parameters_path": keys["kd_teacher_parameters_path"]}  # fmt: skip
+    keys = {"dataset_type": "hf", "grain_worker_count": 0, "hf_path": "json", "hf_train_files": tmp_path / "text.jsonl",
+            "packing": "false", "tokenizer_type": "huggingface", "tokenizer_path": tmp_path / "tokenizer",
+            "add_bos": "false", "kd_teacher_parameters_path": keys["kd_teacher_parameters_path"]}  # fmt: skip
     assert caches.write(tmp_path / "whole", keys)[0] == 0
     assert (
         len(caches.rows(tmp_path / "whole"))

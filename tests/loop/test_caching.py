@@ -263,8 +263,10 @@ def test_it_may_be_killed_at_any_moment(at, cache, keys, killed, tmp_path):
 
 
 @pytest.mark.slow
-def test_packed_rows_go_on_as_they_were_packed(cache, keys, tmp_path):
-    keys = keys | {"packing": "true"}
+def test_packed_rows_go_on_as_they_were_packed(keys, tmp_path):
+    lengths = np.random.default_rng(0).integers(2, 25, 60).tolist()
+    file = token_rows.write(tmp_path / "documents.arrayrecord", lengths, seed=2)
+    keys = keys | {"packing": "true", "grain_train_files": file, "eval_interval": -1}
     assert caches.write(tmp_path / "whole", keys)[0] == 0
 
     def stop(self):
@@ -277,6 +279,9 @@ def test_packed_rows_go_on_as_they_were_packed(cache, keys, tmp_path):
         caches.write(tmp_path / "cache", keys)
     assert caches.write(tmp_path / "cache", keys)[0] == 0
     assert caches.files(tmp_path / "cache") == caches.files(tmp_path / "whole")
+    found = caches.rows(tmp_path / "cache")
+    assert sum(int(each.counts_at.sum()) for each in found) == sum(lengths) - len(found)  # between documents too
+    assert max(int(each.segmentation.max()) for each in found) > 1
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

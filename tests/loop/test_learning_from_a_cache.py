@@ -33,7 +33,7 @@ from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
 from MaxText.data import cached
-from MaxText.loop import caching, step, targets
+from MaxText.loop import caching, header, step, targets
 from MaxText.models import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
@@ -368,6 +368,19 @@ def test_what_a_cache_cannot_teach_is_refused_by_name(kind, keys, message, reque
     folder = request.getfixturevalue(kind)
     line = caches.arguments({"use_kd": "true", "kd_cache_path": folder} | keys, tmp_path)
     assert re.search(message.format(cache=re.escape(f"kd_cache_path={folder}")), refusal(line))
+
+
+def test_the_likeliest_tokens_that_are_stored_are_the_truncation_that_a_run_tells_of(likeliest, drawn, tmp_path):
+    def told(folder, **keys):
+        line = caches.arguments({"use_kd": "true", "kd_cache_path": folder} | keys, tmp_path)
+        run = resolve.initialize(["train.py", *line])
+        kd = cached.learned_from(run.kd, cached.find(run.student, run.kd))
+        return header.loss_text(kd), kd.warnings()
+
+    assert "over the whole vocabulary" in told(drawn)[0]
+    assert "over the teacher's top 8 (renormalize)" in told(likeliest)[0]
+    assert "over the teacher's top 5 (renormalize)" in told(likeliest, kd_top_k=5)[0]
+    assert "nothing sees the probability" in told(likeliest, kd_alpha=1)[1][0]
 
 
 def edited(folder, change):

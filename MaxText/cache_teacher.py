@@ -7,6 +7,7 @@ its data, its mesh, its teacher. The same command goes on where it was killed. W
 written: rows taken at random are computed again and compared. docs/cache.md says what to use when.
 """
 
+import contextlib
 import functools
 import sys
 import time
@@ -26,7 +27,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, duration, end_with, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.cache import manifest, shards
+    from MaxText.cache import lock, manifest, shards
     from MaxText.data import coverage, iterators, once, pipelines, tokens
     from MaxText.loop import caching, verifying
     from MaxText.models import teacher as teacher_lib
@@ -57,19 +58,20 @@ def main(argv: Sequence[str]) -> int:
         if kd.kd_cache_verify:
             return verifying.verify(config, kd, folder, step, contents)
 
-        # 3. What will be written.
-        on_one_process(lambda: manifest.begin(folder, contents))
-        say(caching.header(config, kd, teacher, mesh, contents))
-        for line in coverage.report(config, mesh):
-            say(line)
+        with lock.writing_alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+            # 3. What will be written.
+            on_one_process(lambda: manifest.begin(folder, contents))
+            say(caching.header(config, kd, teacher, mesh, contents))
+            for line in coverage.report(config, mesh):
+                say(line)
 
-        # 4. The rows.
-        for split, reader in once.opened(config, mesh).items():
-            begun = time.monotonic()
-            caching.write_split(config, kd, split, reader, step, folder)
-            barrier(f"{split} is written")
-            on_one_process(functools.partial(finish, folder, split))
-            say(f"   {split:>5}  done in {duration(time.monotonic() - begun)}")
+            # 4. The rows.
+            for split, reader in once.opened(config, mesh).items():
+                begun = time.monotonic()
+                caching.write_split(config, kd, split, reader, step, folder)
+                barrier(f"{split} is written")
+                on_one_process(functools.partial(finish, folder, split))
+                say(f"   {split:>5}  done in {duration(time.monotonic() - begun)}")
 
     # 5. The table.
     if jax.process_index() == 0:

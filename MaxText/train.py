@@ -42,8 +42,6 @@ def main(argv: Sequence[str]) -> None:
     # 1. Configuration. Everything that is wrong with the input is raised as ConfigError, here or before the loop.
     run = resolve.initialize(list(argv))
     config, kd = run.student, run.kd
-    for warning in kd.warnings():
-        say(f"warning: {warning}")
     checkpoint: Any = None
     teacher_config: Any = None
     if kd.has_teacher:
@@ -54,6 +52,9 @@ def main(argv: Sequence[str]) -> None:
     recorder = upstream.start_engine(config)
     tokens.check_fits(config)
     stored = cached.find(config, kd)
+    kd = cached.learned_from(kd, stored)
+    for warning in kd.warnings():
+        say(f"warning: {warning}")
     if stored is None and (warning := pipelines.taken_for_padding(config)):
         say(f"warning: {warning}")
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
@@ -81,12 +82,14 @@ def main(argv: Sequence[str]) -> None:
             with waiting("restoring the teacher"):
                 mesh, dtype = student.mesh, kd.kd_teacher_dtype
                 teacher = teacher_lib.load(teacher_config, checkpoint, mesh, dtype, kd.kd_vocab_size)
+            if stored is not None:
+                cached.check_same_teacher(kd, stored, manifest.fingerprint(teacher.state))
         manifest.keep(config, kd, teacher, student)  # a resumed run goes on as it began
 
         # 4. Steps: compiled before the loop, so that step 0 costs what every step costs.
         with waiting("compiling"):
             steps = compile_steps(config, kd, student, teacher)
-        header.header(run, student, teacher)
+        header.header(dataclasses.replace(run, kd=kd), student, teacher)
         for line in coverage.report(config, student.mesh):
             say(line)
         look = None  # at the teacher, on one batch: of evaluation or else the first of training
@@ -168,7 +171,8 @@ def jit_steps(
     evaluate: Jitted = plain_eval, ()
     if kd.use_kd:
         graphdef = heads.ends_in_hidden_states(student.graphdef, student.state)
-        models = step.Models(config, graphdef, None, None, kd, student.mesh)
+        temperature = student.cached.temperature if student.cached is not None else None
+        models = step.Models(config, graphdef, None, None, kd, student.mesh, temperature)
         taught: Any = models, None, None  # by what was stored: no teacher's graph, state and shardings
         live = taught
         if teacher is not None:
@@ -268,7 +272,8 @@ def train(
         profiler.deactivate()
         if upstream.is_data_failure(reason):
             what = faults.named(config, reason, ("train",)) or first_line(reason.__context__ or reason)
-            raise ConfigError(f"{data_settings(config)}: {what}") from reason
+            kind = ConfigError if student.cached is None else RunError  # a cache has been looked at
+            raise kind(f"{data_settings(config)}: {what}") from reason
         if upstream.is_end_of_data(reason):
             logger.flush()
             schedule, start = student.learning_rate_schedule, student.start_step

@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
     # 2. Student and teacher as shapes on the mesh of the topology.
     with student_lib.refusals_as_config_errors(config):
         mesh = upstream.maxtext_utils.get_mesh_from_config(config, devices_of(config))
-        student = dataclasses.replace(abstract_student(config, mesh), cached=cached.assumed(config, kd))
+        assumed = cached.assumed(config, kd)
+        kd = cached.learned_from(kd, assumed)
+        student = dataclasses.replace(abstract_student(config, mesh), cached=assumed)
         teacher = teacher_lib.abstract(teacher_config, mesh, kd.kd_teacher_dtype) if kd.has_teacher else None
     say("\n".join(f"{title:>10}  {text}" for title, text in description(run, student, teacher)))
 

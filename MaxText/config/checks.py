@@ -65,6 +65,9 @@ def check_kd(user: dict[str, Any], *, writes_cache: bool = False) -> Distillatio
             "kd_teacher_parameters_path='': use_kd=true needs the teacher's checkpoint, a local path or gs://, or "
             "kd_cache_path, the folder of its stored targets"
         )
+    if not kd.kd_cache_path and not writes_cache and (kd.kd_cache_rows or kd.kd_cache_verify):
+        key = "kd_cache_rows" if kd.kd_cache_rows else "kd_cache_verify"
+        raise ConfigError(f"{key}={getattr(kd, key)}: belongs to kd_cache_path, which is not set")
     if writes_cache:
         check_caching(kd)
     elif kd.is_cached:
@@ -81,6 +84,11 @@ def check_caching(kd: KDKeys) -> None:
             raise ConfigError(f"{key}='': caching needs it, {what}")
     if "://" in kd.kd_cache_path:
         raise ConfigError(f"kd_cache_path={kd.kd_cache_path!r}: a folder is expected; a bucket must be mounted as one")
+    if kd.kd_temperature_schedule != "constant":
+        raise ConfigError(
+            f"kd_temperature_schedule={kd.kd_temperature_schedule}: a cache is made at one temperature; allowed "
+            "is constant"
+        )
     if kd.kd_top_p:
         raise ConfigError(f"kd_top_p={kd.kd_top_p}: a cache holds draws or kd_top_k tokens; allowed is 0")
     if (kd.kd_top_k > 0) != (kd.kd_cache_mode == "top_k"):

@@ -32,6 +32,7 @@ class Cached:
     Attributes:
       folder: where it lies.
       contents: what it holds, of which teacher; None for shapes without values.
+      temperature: of the stored weights.
       slots: stored tokens of a position that a batch has room for.
       has_tail: whether a batch tells the mass of the others.
       vocabulary: the student's.
@@ -40,6 +41,7 @@ class Cached:
 
     folder: Path
     contents: manifest.Contents | None
+    temperature: float
     slots: int
     has_tail: bool
     vocabulary: int
@@ -71,7 +73,7 @@ def assumed(config: Any, kd: Distillation) -> Cached | None:
         return None
     has_tail = kd.kd_cache_mode == "top_k"
     slots = kd.kd_top_k if has_tail else kd.kd_cache_draws
-    return Cached(Path(kd.kd_cache_path), None, slots, has_tail, config.vocab_size)
+    return Cached(Path(kd.kd_cache_path), None, kd.kd_temperature, slots, has_tail, config.vocab_size)
 
 
 def find(config: Any, kd: Distillation) -> Cached | None:
@@ -91,9 +93,15 @@ def find(config: Any, kd: Distillation) -> Cached | None:
         key = "kd_cache_rows" if kd.kd_cache_rows > rows else "global_batch_size_to_load"
         value = kd.kd_cache_rows or config.global_batch_size_to_load
         raise ConfigError(f"{key}={value}: kd_cache_path={kd.kd_cache_path} holds {rows} rows")
-    slots = kd.kd_top_k or found.contents.slots
-    has_tail = found.contents.mode == "top_k"
-    return Cached(folder, found.contents, slots, has_tail, config.vocab_size, kd.kd_cache_rows)
+    contents = found.contents
+    slots = kd.kd_top_k or contents.slots
+    has_tail = contents.mode == "top_k"
+    return Cached(folder, contents, contents.temperature, slots, has_tail, config.vocab_size, kd.kd_cache_rows)
+
+
+def learned_from(kd: Distillation, cached: Cached | None) -> Distillation:
+    """The settings with the truncation that comes with the cache's targets."""
+    return kd if cached is None or not cached.has_tail else kd.model_copy(update={"kd_top_k": cached.slots})
 
 
 def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> None:
@@ -101,7 +109,6 @@ def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> No
     where = f"kd_cache_path={kd.kd_cache_path}"
     wanted = {
         "max_target_length": (config.max_target_length, contents.row_length),
-        "kd_temperature": (kd.kd_temperature, contents.temperature),
         "kd_vocab_size": (kd.kd_vocab_size, contents.kd_vocab_size),
     }
     if not contents.kd_vocab_size:
@@ -109,6 +116,17 @@ def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> No
     for key, (value, stored) in wanted.items():
         if value != stored:
             raise ConfigError(f"{key}={value:g}: {where} was made with {stored:g}; set that, or cache anew")
+    is_inside = contents.mode == "top_k" and kd.kd_truncation_strategy == "renormalize"
+    if kd.kd_temperature != contents.temperature and not is_inside:
+        why = "draws are from that distribution alone"
+        if contents.mode == "top_k":
+            why = (
+                f"kd_truncation_strategy={kd.kd_truncation_strategy} needs the mass outside at T; renormalize does not"
+            )
+        raise ConfigError(
+            f"kd_temperature={kd.kd_temperature:g}: {where} was made with {contents.temperature:g} ({why}); set that, "
+            "or cache anew"
+        )
     if contents.mode == "sample" and kd.kd_top_k:
         raise ConfigError(f"kd_top_k={kd.kd_top_k}: {where} holds draws, of which none is left out; allowed is 0")
     if contents.mode == "top_k" and kd.kd_top_k > contents.top_k:
@@ -118,6 +136,18 @@ def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> No
         raise ConfigError(
             f"tokenizer_path={config.tokenizer_path!r}: {where} was made with another tokenizer: a token id means "
             "another token there"
+        )
+
+
+def check_same_teacher(kd: Distillation, cached: Cached, fingerprint: str) -> None:
+    """Raises ConfigError where the teacher that evaluations run is not the one that the student learns from."""
+    assert cached.contents is not None
+    stored = cached.contents.teacher
+    if fingerprint != stored.fingerprint:
+        raise ConfigError(
+            f"kd_teacher_parameters_path={kd.kd_teacher_parameters_path!r}: fingerprint {fingerprint}, but "
+            f"kd_cache_path={kd.kd_cache_path} holds the targets of {manifest.described(stored)}; take that one (and "
+            "the kd_teacher_dtype that it was held in), or none"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
+import grain.python as grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -57,8 +58,11 @@ class FullBatches:
 
     @property
     def state(self) -> Any:
-        """Where the data stands after the last batch, in JSON's types; None for a pipeline that cannot tell."""
-        return self.reading.get_state() if hasattr(self.reading, "get_state") else None
+        """Where the data stands after the last batch, in JSON's types; None for a pipeline that cannot go on there.
+
+        grain's data sets can. Its loaders give the number of a row, of which hf's streams know nothing.
+        """
+        return self.reading.get_state() if isinstance(self.reading, grain.DatasetIterator) else None
 
     def __iter__(self) -> Iterator[Batch]:
         # TensorFlow's data sets give tensors otherwise.

@@ -14,10 +14,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from array_record.python import array_record_module
+from google.protobuf.message import DecodeError
 
 from MaxText import upstream
 from MaxText.data import files, rows
 
+# What cache/reading.py says of a row, in whatever its reader's error has become on its way.
+OF_CACHE = re.compile(r"[^\n(:]*\.arrayrecord: row \d+ is damaged [^\n]*?; cache the split anew")
 SECONDS = 60.0
 AT_ONCE = 256  # records
 
@@ -28,6 +31,8 @@ def named(config: Any, error: BaseException | str, splits: tuple[str, ...] = ("t
         return ""
     if ours := re.search(rows.BEYOND.format(r"\d+", r"\d+"), str(error)):  # from a worker, in a traceback
         return ours[0]
+    if damaged := OF_CACHE.search(str(error)):
+        return damaged[0].strip()
     until = time.monotonic() + SECONDS
     for split in splits:
         columns = config.train_data_columns if split == "train" else config.eval_data_columns
@@ -65,7 +70,7 @@ def of_array_record(path: str, columns: list[str], looked_through: bool, until: 
     except RuntimeError as error:
         reason = str(error) or "no index at its end"
         return f"{path}: is damaged or was cut short; its ArrayRecords cannot be read ({reason})"
-    except ValueError:  # a column that is not there, which upstream names
+    except (ValueError, DecodeError):  # a column that is not there, which upstream names; rows that are no examples
         return ""
     return ""
 

@@ -6,6 +6,7 @@ Left out on purpose: data that is given as tokens, which no tokenizer vouches fo
 
 import contextlib
 import hashlib
+import os
 from typing import Any
 
 from MaxText import upstream
@@ -46,8 +47,15 @@ SPELLED = {
 
 
 def identity(config: Any) -> str:
-    """A hash of the tokens that a run's tokenizer has, by their ids; "" where there is no tokenizer."""
+    """A hash of the tokens that a run's tokenizer has, by their ids; "" where there is no tokenizer.
+
+    It does not depend on the pipeline that reads with it: a folder is a Hugging Face tokenizer.
+    """
     kind, loaded = of_run(config)
+    if loaded is None and os.path.isdir(config.tokenizer_path):
+        kind = "huggingface"
+        with contextlib.suppress(ConfigError):
+            loaded = load("tokenizer_path", config.tokenizer_path, kind, config.hf_access_token)
     if loaded is None:
         return ""
     tokens = sorted(SPELLED[kind](loaded).items())

@@ -45,6 +45,8 @@ class StoredTeacher:
     entropy: of p, in nats.
     temperature: T. Static.
     shared_vocabulary: as for `kd_loss.kd_sums`; of the others none is stored. Static.
+    is_asked_at_own: whether the loss has the temperature T; at another one neither the kept mass nor the KL at T = 1 is
+      told. Static.
     """
 
     ids: Int[Array, "N K"]
@@ -54,6 +56,7 @@ class StoredTeacher:
     entropy: Float[Array, "N"]
     temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
     shared_vocabulary: int = dataclasses.field(default=0, metadata={"static": True})
+    is_asked_at_own: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def rows(self) -> "StoredTeacher":
@@ -89,10 +92,11 @@ class StoredTeacher:
 
     def known_sums(self, student_vocabulary: int, asked: Asked) -> tuple[str, ...]:
         names = ["ce_sum", "kd_sum", "log_z_sq_sum", "teacher_ce_sum", "n"]
-        if not self.is_drawn:
+        if not self.is_drawn and self.is_asked_at_own:
             names.append("kept_mass_sum")
         is_whole = self.is_drawn or self.ids.shape[-1] >= (self.shared_vocabulary or student_vocabulary)
-        if asked.evaluation and is_whole and self.temperature == 1.0 and isinstance(asked.divergence, ForwardKL):
+        is_at_1 = self.temperature == 1.0 and self.is_asked_at_own
+        if asked.evaluation and is_whole and is_at_1 and isinstance(asked.divergence, ForwardKL):
             names.append("kl_t1_sum")
         return tuple(names)
 
@@ -247,7 +251,7 @@ class StoredBlock:
             log_weights = self.teacher.log_weights
             weighted = jnp.where(log_weights > -jnp.inf, jnp.exp(log_weights) * log_weights, 0.0)
             value = value - jnp.sum(weighted, axis=-1, keepdims=True) - self.teacher.entropy[:, None]
-        else:
+        elif self.teacher.is_asked_at_own:
             kept_mass = -jnp.expm1(self.teacher.log_tail[:, None])
         kd = self.student.weights.temperature**2 * value
         asked = self.student.asked

@@ -5,7 +5,6 @@ of them complete a file after the same batch, so that a killed caching goes on w
 Left out on purpose: rows in which no token counts, which teach nothing.
 """
 
-import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,9 @@ from MaxText.models.teacher import Teacher
 
 # Of one host, in a file: what a kill costs at most.
 TOKENS_PER_SHARD = 1 << 21
+# In the position of a batch of which kd_cache_rows left rows out. It is a shard of its own, which is given up where
+# more rows are wanted.
+CUT = "cut"
 # Bytes a token takes, roughly, by what is stored: for an estimate before there is any.
 DRAWN, LIKELIEST = 0.55, 2.3
 
@@ -149,23 +151,37 @@ def write_split(config: Any, kd: Distillation, split: str, reader: Any, step: St
     limit = share_of(kd.kd_cache_rows, host, hosts) if split == "train" else 0
     per_shard = max(TOKENS_PER_SHARD // reader.empty["targets"].size, 1)
     writer = shards.Writer(folder, split, batches_per_shard=per_shard, host=host, hosts=hosts)
-    writer.go_back_to(common(writer.batches))
-    is_first = writer.batches == 0
     if limit and common(limit - writer.rows, largest=True) <= 0:
         return
+    go_back(writer)
+    is_first = writer.batches == 0
     with course.shown(split, limit * hosts, writer.rows * hosts) as advance:
         for read, found in one_ahead(once.batches(config, split, reader, writer.position), step):
             said = own_rows(found)
             if is_first:
                 look(config, kd, read.batch, said)
                 is_first = False
-            rows = list(itertools.islice(rows_of(read.batch, said), limit - writer.rows if limit else None))
-            records, counted = [codec.encode(each) for each in rows], [int(each.counts_at.sum()) for each in rows]
-            writer.write(records, counted, read.position)
-            advance(hosts, counted, records)
+            rows = list(rows_of(read.batch, said))
+            room = limit - writer.rows if limit else len(rows)
+            if room > 0 or not limit:  # a host that has its share only keeps the others company
+                is_cut = len(rows) > room
+                records = [codec.encode(each) for each in rows[:room]]
+                counted = [int(each.counts_at.sum()) for each in rows[:room]]
+                if is_cut:
+                    writer.close()
+                writer.write(records, counted, read.position | ({CUT: True} if is_cut else {}))
+                advance(hosts, counted, records)
             if limit and common(limit - writer.rows, largest=True) <= 0:
                 break
     writer.close()
+
+
+def go_back(writer: shards.Writer) -> None:
+    """To where all hosts can go on: behind a batch of which all rows were written, the same on each."""
+    if writer.position and CUT in writer.position:
+        writer.go_back_to(writer.batches - 1)
+    while (least := common(writer.batches)) < common(writer.batches, largest=True):
+        writer.go_back_to(least)
 
 
 def one_ahead(batches: Iterator[once.Read], step: Step) -> Iterator[tuple[once.Read, Targets]]:

@@ -36,6 +36,7 @@ class Models:
       student: graph of MaxText's train state (model and optimizer).
       teacher_config: MaxText's configuration of the teacher; None without one.
       teacher: graph of the teacher; None where the batch holds what was stored of one.
+      stored_temperature: of the weights in the batch; None where it holds none.
       kd: the distillation settings.
       mesh: the run's mesh.
 
@@ -48,6 +49,7 @@ class Models:
     teacher: nnx.GraphDef | None
     kd: Distillation
     mesh: jax.sharding.Mesh
+    stored_temperature: float | None = None
 
     @functools.cached_property
     def schedules(self) -> schedules.Schedules:
@@ -178,7 +180,8 @@ def distillation_loss(
 def teachers_side(models: Models, teacher: nnx.State | None, data: Batch, is_train: bool) -> heads.Side | StoredTeacher:
     """What the teacher says of a (micro)batch: by a forward pass, or what was stored of one."""
     if models.teacher is None:
-        return stored_teacher(models.kd, data)
+        assert models.stored_temperature is not None
+        return stored_teacher(models.kd, models.stored_temperature, data)
     model = nnx.merge(models.teacher, jax.lax.stop_gradient(teacher), copy=True)
     # Routes that the data forces are the student's.
     data = {key: value for key, value in data.items() if key != "forced_routed_experts"}
@@ -190,16 +193,17 @@ def teachers_side(models: Models, teacher: nnx.State | None, data: Batch, is_tra
     return heads.Side(config, heads.head_of(model), hidden)
 
 
-def stored_teacher(kd: Distillation, data: Batch) -> StoredTeacher:
-    """What a batch of a cache's rows holds of the teacher (data/cached.py)."""
+def stored_teacher(kd: Distillation, temperature: float, data: Batch) -> StoredTeacher:
+    """What a batch of a cache's rows holds of the teacher at `temperature` (data/cached.py)."""
     return StoredTeacher(
         data["teacher_ids"],
         data["teacher_log_weights"],
         data.get("teacher_log_tail"),
         data["teacher_target_log_prob"],
         data["teacher_entropy"],
-        kd.kd_temperature,
+        temperature,
         kd.kd_vocab_size,
+        is_asked_at_own=kd.kd_temperature == temperature,
     )
 
 

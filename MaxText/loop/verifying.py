@@ -42,15 +42,16 @@ class Differences:
         self.others += int(differ.sum())
         pairs = {name: (getattr(stored, name), getattr(now, name)) for name in ("target_log_prob", "entropy")}
         for name, (before, after) in pairs.items():
-            self.note(
-                name, before.astype(np.float32) - after.astype(np.float32), float(np.spacing(np.abs(before)).max())
-            )
+            self.note(name, before, after, float(np.spacing(np.abs(before)).max()))
         if isinstance(stored.teacher, row.TopK) and isinstance(now.teacher, row.TopK) and not differ.any():
-            self.note("log_probs", stored.teacher.log_probs - now.teacher.log_probs, 2 * quantiser.BOUND)
+            self.note("log_probs", stored.teacher.log_probs, now.teacher.log_probs, 2 * quantiser.BOUND)
+            self.note("log_tail", stored.teacher.log_tail, now.teacher.log_tail, 2 * quantiser.BOUND)
 
-    def note(self, name: str, difference: NDArray[Any], allowed: float) -> None:
+    def note(self, name: str, before: NDArray[Any], after: NDArray[Any], allowed: float) -> None:
         largest, bound = self.largest.get(name, (0.0, 0.0))
-        found = float(np.abs(difference).max(initial=0.0))
+        before, after = before.astype(np.float32), after.astype(np.float32)
+        differs = before != after  # where both are -inf a difference would be NaN
+        found = float(np.abs(before[differs] - after[differs]).max(initial=0.0))
         self.largest[name] = max(largest, found), max(bound, allowed + SLACK)
 
     @property
@@ -78,7 +79,7 @@ def verify(config: Any, kd: Distillation, folder: Path, step: caching.Step, cont
       ConfigError: there is no such cache, or it is of another teacher, data or settings.
       RunError: a file is damaged.
     """
-    found = manifest.read(folder)
+    found = manifest.verify_checksums(folder)
     if difference := manifest.first_difference(found.contents, contents):
         raise ConfigError(f"kd_cache_path={folder}: is another cache ({difference})")
     table = Table("split", "rows", "positions", "other targets", "largest differences (allowed), nats", box=None)

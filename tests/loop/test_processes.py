@@ -16,8 +16,8 @@ pytestmark = pytest.mark.e2e
 COORDINATOR_PORT = 1234  # MaxText's, on CPUs; no setting changes it
 
 
-def two_processes(folder, *arguments):
-    """The trainer as two processes of two devices each, as a launcher of MaxText on CPUs starts them."""
+def two_processes(folder, *arguments, program=TRAIN):
+    """The trainer, or another program, as two processes of two devices each, as a launcher on CPUs starts them."""
     folder.mkdir(parents=True, exist_ok=True)
     job = {"JAX_COORDINATOR_ADDRESS": "localhost", "JAX_PROCESS_COUNT": "2", "PROCESSES_IN_JOB": "2", "JOB_INDEX": "0"}
     command = [SMOKE, f"base_output_directory={folder}", "skip_jax_distributed_system=false", *arguments]
@@ -29,7 +29,7 @@ def two_processes(folder, *arguments):
         processes = []
         for index, output in enumerate(outputs):
             variables = environment(devices=2) | job | {"JOB_COMPLETION_INDEX": str(index)}
-            started = forked(run_here, (list(TRAIN), command, str(output), variables))
+            started = forked(run_here, (list(program), command, str(output), variables))
             processes.append(stack.enter_context(started))
         for process in processes:
             process.join(300)

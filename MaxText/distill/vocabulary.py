@@ -94,7 +94,7 @@ class Vocabulary(NamedTuple):
 
 
 # Values of a chunk of the vocabulary that a CPU reduces at a time: a few such arrays stay in its cache.
-_CHUNK_VALUES = 1 << 18
+CHUNK_VALUES = 1 << 18
 
 
 def _reduce(
@@ -115,7 +115,7 @@ def _reduce(
         return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
 
     rows, vocabulary = logits[0].shape
-    size = max(128, _CHUNK_VALUES // rows)
+    size = max(128, CHUNK_VALUES // rows)
     if vocabulary <= size:
         return whole(*logits)
 

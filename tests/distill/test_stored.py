@@ -104,7 +104,7 @@ def test_the_k_largest_teach_as_the_live_teacher_does(strategy, temperature, k, 
     live = LiveTeacher(Projection(teacher_hidden, teacher_head, project), top_k=k)
     slots = k + 3 if k < V else k
     stored = stored_top_k(teacher_hidden @ teacher_head, tokens.targets, k=k, temperature=temperature, slots=slots)
-    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 128)
+    monkeypatch.setattr(vocabulary, "CHUNK_VALUES", 8 * 128)
     got, expected = (
         walked(teacher, tokens, strategy, temperature, evaluation=True)(hidden, head) for teacher in (stored, live)
     )

@@ -1,7 +1,7 @@
 """The loss alone: the sum's value and its gradients for the hidden states [N, D] and the head [D, V].
 
 Beside our loss stand what it replaces: cross-entropy, dense and tiled as upstream does it, and a distillation that
-has both models' logits in memory.
+has both models' logits in memory. Stored targets are random, with all slots in use: the value does not matter.
 """
 
 import functools
@@ -22,6 +22,7 @@ from MaxText.distill.blockwise import Tokens, blockwise_kd
 from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.kd_loss import cross_entropy, kd_sums
 from MaxText.distill.projection import Projection
+from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.teacher_side import LiveTeacher
 from MaxText.models import heads
 
@@ -85,6 +86,37 @@ def block_kd(kept: Truncation, block: int, hidden, head, teacher_hidden, teacher
     return objective
 
 
+def stored_kd(kept: Truncation, block: int, hidden, head, stored, targets) -> jax.Array:
+    objective, _ = blockwise_kd(
+        Projection(hidden, head, project),
+        stored,
+        Tokens(targets, jnp.ones(targets.shape, bool)),
+        Weights(programs.ALPHA, programs.TEMPERATURE),
+        divergence=FORWARD_KL[kept.strategy],
+        block_size=block,
+    )
+    return objective
+
+
+def stored_targets(kept: Truncation, shape: tuple[int, ...], vocabulary: int) -> StoredTeacher:
+    """As many ids as there are slots at each position of `shape`."""
+    slots = kept.top_k or min(programs.DRAWS, vocabulary)
+    keys = jax.random.split(jax.random.key(1), 2)
+    each = vocabulary // slots
+    ids = each * jnp.arange(slots) + jax.random.randint(keys[0], (*shape, slots), 0, each)
+    log_weights = jax.nn.log_softmax(jax.random.normal(keys[1], ids.shape))
+    half = jnp.full(shape, math.log(0.5), jnp.float32)
+    is_drawn = not kept.top_k
+    return StoredTeacher(
+        ids=ids.astype(jnp.int32),
+        log_weights=log_weights if is_drawn else log_weights + half[..., None],
+        log_tail=None if is_drawn else half,
+        target_log_prob=half,
+        entropy=-half,
+        temperature=programs.TEMPERATURE,
+    )
+
+
 def loss_inputs(tokens: int, vocabulary: int, width: int, teacher_width: int) -> tuple[jax.Array, ...]:
     """Hidden states and heads of student and teacher, and targets."""
     keys = jax.random.split(jax.random.key(0), 5)
@@ -120,3 +152,7 @@ def loss_programs(sizes: Sizes, tokens: int, vocabulary: int) -> Iterator[Progra
     for kept in programs.truncations(vocabulary):
         block = min(tokens, heads.block_tokens(vocabulary, programs.distillation(sizes, kept)))
         yield program(f"KD, blockwise, {kept.name}", kd, functools.partial(block_kd, kept, block), inputs, block)
+    for kept in programs.stored(vocabulary):
+        block = min(tokens, heads.block_tokens(vocabulary, programs.distillation(sizes, kept)))
+        arguments = (*inputs[:2], stored_targets(kept, (tokens,), vocabulary), inputs[4])
+        yield program(f"KD, stored, {kept.name}", ce, functools.partial(stored_kd, kept, block), arguments, block)

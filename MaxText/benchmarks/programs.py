@@ -17,10 +17,12 @@ from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES
 # N tokens, D student's width, E teacher's width, V vocabulary
 
 ALPHA, TEMPERATURE = 0.5, 2.0
+DRAWS = 50  # kd_cache_draws
 TILES = 8  # num_vocab_tiling of upstream's cross-entropy
 
 CE_DENSE, CE_TILED, KD_DENSE = "CE, dense", f"CE, upstream's tiling by {TILES}", "KD, dense reference"
 STEP_CE, STEP_KD = f"upstream's CE step, tiling by {TILES}", "KD step"
+STEP_STORED, CACHING = "step from a cache", "caching"
 TEACHER_LOGITS, TEACHER_HIDDEN = "teacher forward, to logits", "teacher forward, to hidden states"
 
 
@@ -51,6 +53,11 @@ def truncations(vocabulary: int) -> list[Truncation]:
         *(Truncation(f"top-k {k}, {strategy}", top_k=k, strategy=strategy) for strategy in TRUNCATION_STRATEGIES),
         *(Truncation(f"top-p 0.9, {strategy}", top_p=0.9, strategy=strategy) for strategy in TRUNCATION_STRATEGIES),
     ]
+
+
+def stored(vocabulary: int) -> list[Truncation]:
+    """What a cache holds: draws, which leave nothing out, and the k largest, by each strategy."""
+    return [Truncation(f"{DRAWS} draws"), *(kept for kept in truncations(vocabulary) if kept.top_k)]
 
 
 @dataclasses.dataclass

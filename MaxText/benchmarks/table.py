@@ -58,6 +58,8 @@ def show(report: dict[str, Any], console: Console) -> None:
                 f"{entry['name']}: {entry['to_ce_and_logits']:.3f} x (CE step + teacher forward to logits), "
                 f"{entry['to_ce_and_hidden']:.3f} x (CE step + teacher forward to hidden states)"
             )
+        if entry.get("to_logits") is not None:
+            console.print(f"{entry['name']}: {entry['to_logits']:.3f} x teacher forward to logits")
     if any(entry["median_seconds"] is None for entry in report["rows"]):
         why = "it needs more memory than is available" if report["rounds"] else "--rounds is 0"
         console.print(f"-: not run, since {why}")

@@ -14,7 +14,16 @@ import jax
 import psutil
 from rich.progress import Progress
 
-from MaxText.benchmarks.programs import CE_TILED, STEP_CE, STEP_KD, TEACHER_HIDDEN, TEACHER_LOGITS, Program, Row
+from MaxText.benchmarks.programs import (
+    CACHING,
+    CE_TILED,
+    STEP_CE,
+    STEP_KD,
+    TEACHER_HIDDEN,
+    TEACHER_LOGITS,
+    Program,
+    Row,
+)
 
 
 def measure(programs: Iterator[Program], rounds: int, title: str, bar: Progress) -> list[Row]:
@@ -62,6 +71,8 @@ def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row.name.startswith(STEP_KD):
             for key, name in (("to_ce_and_logits", TEACHER_LOGITS), ("to_ce_and_hidden", TEACHER_HIDDEN)):
                 entry[key] = ratio([row], [beside[STEP_CE], beside[name]])
+        if row.name.startswith(CACHING):
+            entry["to_logits"] = ratio([row], [beside[TEACHER_LOGITS]])
         found.append({key: finite(value) for key, value in entry.items()})
     return found
 

@@ -1,6 +1,7 @@
 """The whole step: a Llama-like student of width D and a teacher of width 2 D, both with random values.
 
-Beside it stand what it is made of: upstream's step on cross-entropy, and a forward pass of the teacher.
+Beside it stand what it is made of: upstream's step on cross-entropy, and a forward pass of the teacher. And the two
+halves that a cache makes of it: the teacher's targets, and the step that learns from them.
 """
 
 import dataclasses
@@ -17,12 +18,13 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import train_compile, upstream
-from MaxText.benchmarks import programs
+from MaxText.benchmarks import loss, programs
 from MaxText.benchmarks.programs import Program, Row, Sizes
 from MaxText.config import resolve
 from MaxText.config.resolve import Run
 from MaxText.config.teacher import resolve_teacher
-from MaxText.loop import step
+from MaxText.data import cached
+from MaxText.loop import step, targets
 from MaxText.models import heads, teacher
 from MaxText.models import student as student_lib
 
@@ -92,7 +94,7 @@ def step_programs(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folde
     student_flops = 1e12 * upstream.tflops_per_step(config, None)
     teacher_flops = 1e12 * upstream.tflops_per_step(config, guide.config) - student_flops
 
-    def updating(row: Row, traced: Any, state: nnx.State, *constants: Any) -> Program:
+    def updating(row: Row, traced: Any, state: nnx.State, *constants: Any, batch: step.Batch = batch) -> Program:
         """A train step that goes on from the state it returned: the one it was given is donated."""
         held = [jax.tree.map(jnp.copy, state)]
         compiled = traced.lower().compile()
@@ -138,3 +140,32 @@ def step_programs(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folde
         block = heads.block_size(student.mesh, config, kd)
         row = Row("step", f"{programs.STEP_KD}, {kept.name}", *shape, flops=student_flops + teacher_flops, block=block)
         yield updating(row, train_compile.trace(config, kd, student, guide), student.state, guide.state)
+
+    for kept in programs.stored(vocabulary):
+        if kept.strategy != "renormalize":
+            continue
+        changed = {
+            "kd_top_k": kept.top_k,
+            "kd_cache_draws": programs.DRAWS,
+            "kd_cache_mode": "top_k" if kept.top_k else "sample",
+        }
+        kd = run.kd.model_copy(update=changed)
+        block = heads.block_size(student.mesh, config, kd)
+        keyed = batch | {targets.ROW_KEY: jnp.arange(batch["targets"].shape[0], dtype=jnp.uint32)}
+        with jax.set_mesh(student.mesh):
+            compiled = targets.jitted(config, kd, guide, student.mesh).lower(guide.state, keyed).compile()
+        row = Row("step", f"{programs.CACHING}, {kept.name}", *shape, flops=teacher_flops, block=block)
+        yield Program(programs.analysed(row, compiled), functools.partial(compiled, guide.state, keyed))
+
+        kd = kd.model_copy(update={"kd_cache_path": "unread", "kd_teacher_parameters_path": ""})
+        learner = dataclasses.replace(student, cached=cached.assumed(config, kd))
+        stored = loss.stored_targets(kept, batch["targets"].shape, vocabulary)
+        numbers = {
+            "teacher_ids": stored.ids,
+            "teacher_log_weights": stored.log_weights,
+            "teacher_target_log_prob": stored.target_log_prob,
+            "teacher_entropy": stored.entropy,
+        } | ({"teacher_log_tail": stored.log_tail} if kept.top_k else {})
+        row = Row("step", f"{programs.STEP_STORED}, {kept.name}", *shape, flops=student_flops, block=block)
+        traced = train_compile.trace(config, kd, learner, None)
+        yield updating(row, traced, student.state, batch=batch | numbers)

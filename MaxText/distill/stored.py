@@ -2,13 +2,18 @@
 
 # N tokens, n tokens of a block, K slots, V vocabulary (or one device's shard of it)
 
-What is stored makes the divergence one over K + 1 categories: the stored tokens, and all that is outside them as one.
+The k largest make the divergence one over K + 1 categories: the stored tokens, and all that is outside them as one.
 So no array of the teacher's is as long as the vocabulary, and a divergence sees K + 1 columns where it sees V of a live
-teacher, by the same rules. The student's logits at the stored tokens are taken out and -inf is put in their place (the
-logits are needed no more, so that they are written over): what is left is what is outside. The visits, maxima, sums and
-gradient, read that alone, and the gradient at the stored tokens is put into its place at the end.
+teacher, by the same rules. Where it asks for what is outside, the student's logits at the stored tokens are taken out
+and -inf is put in their place (the logits are needed no more, so that they are written over): what is left is what is
+outside. The visits, maxima, sums and gradient, read that alone. The gradient at the stored tokens is put into its place
+at the end.
 
-Log-sum-exps of the whole vocabulary are added up from both parts. Never is one taken from another: that would cancel.
+Of draws nothing is outside. Their KL is a cross-entropy with several targets: the visits read all logits, and the
+gradient at the drawn tokens is lowered at the end. A TPU writes scalars into an array slowly: this writes them once.
+
+Where there are two parts, log-sum-exps of the whole vocabulary are added up from both. Never is one taken from another:
+that would cancel.
 
 Left out on purpose: fewer slots than were stored, which is the caller's to cut, and the agreement of both models, which
 nobody can know.
@@ -20,12 +25,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from MaxText.distill.block import Asked, StudentBlock, finite
 from MaxText.distill.divergences import Divergence, ForwardKL, Logits, PerPosition, PerToken, Scale, Sums
 from MaxText.distill.kd_loss import KDSums
 from MaxText.distill.truncation import Scalar
+from MaxText.distill.vocabulary import Vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -100,17 +106,122 @@ class StoredTeacher:
             names.append("kl_t1_sum")
         return tuple(names)
 
-    def block(self, rows: "StoredTeacher", student: StudentBlock) -> "StoredBlock":
+    def slots(self, size: int) -> Int[Array, "N K"]:
+        """The ids, with a vocabulary of that size; those of unused slots differ, so that no token stands in a row
+        twice."""
+        unused = size + jnp.arange(self.ids.shape[-1], dtype=self.ids.dtype)
+        return jnp.where(self.ids < size, self.ids, unused)
+
+    def logits_at_ids(self, logits: PerToken, vocabulary: Vocabulary) -> Float[Array, "N K"]:
+        """The student's; -inf in unused slots."""
+        is_used = self.ids < vocabulary.size(logits)
+        return jnp.where(is_used, vocabulary.at(logits, jnp.where(is_used, self.ids, 0)), -jnp.inf)
+
+    def shared(self, size: int) -> int | None:
+        """How many of the first token ids both models have; None where it is all."""
+        return self.shared_vocabulary if 0 < self.shared_vocabulary < size else None
+
+    def block(self, rows: "StoredTeacher", student: StudentBlock) -> "DrawnBlock | LargestBlock":
         if self.reads_outside(student.asked.divergence):
             # A number, where the walk has an array: at T = 1 the weights of cross-entropy are those of the divergence,
             # and need no second exponential.
             weights = student.weights._replace(temperature=self.temperature)
             student = dataclasses.replace(student, weights=weights)
-        return StoredBlock(student, rows)
+        return DrawnBlock(student, rows) if self.is_drawn else LargestBlock(student, rows)
+
+
+class _Seen(NamedTuple):
+    """All that the visits before the gradient's took of draws."""
+
+    maximum: PerPosition
+    total: PerPosition  # the sum of the student's weights at T = 1, from there
+    soft_maximum: PerPosition  # at T, of the shared tokens
+    soft_total: PerPosition
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnBlock:
+    """n tokens with the student's logits and draws from the teacher."""
+
+    student: StudentBlock
+    teacher: StoredTeacher
+
+    def sums(self) -> KDSums:
+        return self._totals(self._seen())
+
+    def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
+        seen = self._seen()
+        return self._totals(seen), self._gradient(seen)
+
+    @property
+    def _shared(self) -> int | None:
+        return self.teacher.shared(self.student.asked.vocabulary.size(self.student.logits))
+
+    @property
+    def _has_one_weight(self) -> bool:
+        """Whether cross-entropy and the divergence see the same weights."""
+        return self.teacher.temperature == 1.0 and self._shared is None
+
+    @property
+    def _weights(self) -> Float[Array, "n K"]:
+        return jnp.exp(self.teacher.log_weights)
+
+    def _seen(self) -> _Seen:
+        vocabulary, logits, shared = self.student.asked.vocabulary, self.student.logits, self._shared
+        is_another = not self._has_one_weight
+
+        def highest(ids: Int[Array, "1 V"], logits: PerToken) -> tuple[PerToken, PerToken | None]:
+            return logits, _among(shared, ids, logits, -jnp.inf) if is_another else None
+
+        maximum, soft_maximum = finite(vocabulary.maxima(highest, logits))
+
+        def weights(ids: Int[Array, "1 V"], logits: PerToken) -> tuple[PerToken, PerToken | None]:
+            soft = _among(shared, ids, self._soft_weight(logits, soft_maximum), 0.0) if is_another else None
+            return jnp.exp(logits - maximum), soft
+
+        total, soft_total = vocabulary.sums(weights, logits)
+        return _Seen(maximum, total, *((soft_maximum, soft_total) if is_another else (maximum, total)))
+
+    def _soft_weight(self, logits: PerToken, maximum: PerPosition) -> PerToken:
+        return jnp.exp((logits - maximum) / self.teacher.temperature)
+
+    def _totals(self, seen: _Seen) -> KDSums:
+        teacher, asked, logits = self.teacher, self.student.asked, self.student.logits
+        at_ids = (teacher.logits_at_ids(logits, asked.vocabulary) - seen.soft_maximum) / teacher.temperature
+        log_q = at_ids - jnp.log(seen.soft_total)
+        # Tokens that were not drawn weigh nothing, also where the student's weight is 0.
+        cross = jnp.where(teacher.log_weights > -jnp.inf, self._weights * log_q, 0.0)
+        # The draws know the cross term alone; the entropy is that of what they were drawn from.
+        value = -jnp.sum(cross, axis=-1, keepdims=True) - teacher.entropy[:, None]
+        kd = teacher.temperature**2 * value
+        names = teacher.known_sums(asked.vocabulary.size(logits), asked)
+        per_token = KDSums(
+            ce_sum=jnp.log(seen.total) - (asked.vocabulary.at(logits, self.student.targets) - seen.maximum),
+            kd_sum=kd,
+            log_z_sq_sum=(seen.maximum + jnp.log(seen.total)) ** 2,
+            teacher_ce_sum=-teacher.target_log_prob[:, None],
+            n=jnp.ones_like(value),
+            kl_t1_sum=kd if "kl_t1_sum" in names else None,
+        )
+        return self.student.summed(per_token)
+
+    def _gradient(self, seen: _Seen) -> PerToken:
+        vocabulary, logits = self.student.asked.vocabulary, self.student.logits
+        by_student, hard, soft = self.student.pulls(seen.maximum + jnp.log(seen.total), seen.total)
+        by_soft = soft / seen.soft_total
+        ids = vocabulary.ids(logits)
+        if self._has_one_weight:
+            gradient = (by_student + by_soft) * jnp.exp(logits - seen.maximum)
+        else:
+            softened = by_soft * self._soft_weight(logits, seen.soft_maximum)
+            gradient = by_student * jnp.exp(logits - seen.maximum) + _among(self._shared, ids, softened, 0.0)
+        gradient = gradient - jnp.where(ids == self.student.targets, hard, 0.0)
+        return vocabulary.added(gradient, self.teacher.slots(vocabulary.size(logits)), -soft * self._weights)
 
 
 class _Outside(NamedTuple):
-    """The student's weights of the tokens outside: their largest logit, 0 for no tokens, and their sum from there."""
+    """The student's weights of the tokens outside, or of all: their largest logit, 0 for no tokens, and their sum from
+    there."""
 
     maximum: PerPosition
     total: PerPosition
@@ -119,7 +230,7 @@ class _Outside(NamedTuple):
 class _Reduced(NamedTuple):
     """All that the visits before the gradient's took, and the student's logits that they were taken of."""
 
-    outside: PerToken  # -inf at the stored tokens
+    outside: PerToken  # -inf at the stored tokens, if what is outside matters; else all logits
     at_ids: Float[Array, "n K"]  # -inf in unused slots
     at_target: PerPosition
     top: PerPosition  # the student's largest logit
@@ -136,8 +247,8 @@ class _Reduced(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredBlock:
-    """n tokens with the student's logits and what was stored of the teacher."""
+class LargestBlock:
+    """n tokens with the student's logits and the teacher's k largest."""
 
     student: StudentBlock
     teacher: StoredTeacher
@@ -154,40 +265,36 @@ class StoredBlock:
         return self.student.asked.vocabulary.size(self.student.logits)
 
     @property
-    def _is_used(self) -> Bool[Array, "n K"]:
-        return self.teacher.ids < self._size
-
-    @property
-    def _slots(self) -> Int[Array, "n K"]:
-        """The ids; those of unused slots differ, so that no token stands in a row twice."""
-        ids = self.teacher.ids
-        return jnp.where(self._is_used, ids, self._size + jnp.arange(ids.shape[-1], dtype=ids.dtype))
-
-    @property
     def _shared(self) -> int | None:
-        """How many of the first token ids both models have; None where it is all."""
-        return self.teacher.shared_vocabulary if 0 < self.teacher.shared_vocabulary < self._size else None
+        return self.teacher.shared(self._size)
+
+    @property
+    def _is_parted(self) -> bool:
+        """Whether what is outside matters."""
+        return self.teacher.reads_outside(self.student.asked.divergence)
 
     def _reduced(self) -> _Reduced:
         logits, vocabulary = self.student.logits, self.student.asked.vocabulary
-        at_ids = vocabulary.at(logits, jnp.where(self._is_used, self.teacher.ids, 0))
-        at_ids = jnp.where(self._is_used, at_ids, -jnp.inf)
+        at_ids = self.teacher.logits_at_ids(logits, vocabulary)
         at_target = vocabulary.at(logits, self.student.targets)
-        # Behind a barrier, or a compiler may read the logits after it has written over them, from a copy.
-        logits, at_ids, at_target = jax.lax.optimization_barrier((logits, at_ids, at_target))
-        outside = vocabulary.replaced(logits, self._slots, jnp.float32(-jnp.inf))
+        if self._is_parted:
+            # Behind a barrier, or a compiler may read the logits after it has written over them, from a copy.
+            logits, at_ids, at_target = jax.lax.optimization_barrier((logits, at_ids, at_target))
+            logits = vocabulary.replaced(logits, self.teacher.slots(self._size), jnp.float32(-jnp.inf))
+        outside = logits
         hard, soft = self._outside(outside)
-        highest = jnp.where(hard.total > 0.0, hard.maximum, -jnp.inf)
-        top = finite(jnp.maximum(highest, jnp.max(at_ids, axis=-1, keepdims=True)))
-        total = _from(top, hard) + jnp.sum(jnp.exp(at_ids - top), axis=-1, keepdims=True)
+        top, total = hard
+        if self._is_parted:
+            highest = jnp.where(hard.total > 0.0, hard.maximum, -jnp.inf)
+            top = finite(jnp.maximum(highest, jnp.max(at_ids, axis=-1, keepdims=True)))
+            total = _from(top, hard) + jnp.sum(jnp.exp(at_ids - top), axis=-1, keepdims=True)
         columns = self._columns(at_ids - top, soft, top)
         return _Reduced(outside, at_ids, at_target, top, total, hard, soft, columns, *self._seen(columns))
 
     def _outside(self, outside: PerToken) -> tuple[_Outside, _Outside | None]:
         """At T = 1 all that is outside, at T the shared tokens among it."""
         vocabulary, shared, temperature = self.student.asked.vocabulary, self._shared, self.student.weights.temperature
-        is_read = self.teacher.reads_outside(self.student.asked.divergence)
-        is_another = is_read and not self._has_one_weight
+        is_another = self._is_parted and not self._has_one_weight
 
         def highest(ids: Int[Array, "1 V"], logits: PerToken) -> tuple[PerToken, PerToken | None]:
             return logits, _among(shared, ids, logits, -jnp.inf) if is_another else None
@@ -200,7 +307,7 @@ class StoredBlock:
 
         total, soft_total = vocabulary.sums(weights, outside)
         hard = _Outside(maximum, total)
-        if not is_read:
+        if not self._is_parted:
             return hard, None
         return hard, _Outside(soft_maximum, soft_total) if is_another else hard
 
@@ -216,16 +323,15 @@ class StoredBlock:
             student_outside = jnp.full_like(top, -jnp.inf)
         else:
             student_outside = (soft.maximum - top) + self.student.weights.temperature * jnp.log(soft.total)
-        log_tail = jnp.full_like(top, -jnp.inf) if self.teacher.log_tail is None else self.teacher.log_tail[:, None]
-        log_weights = jnp.concatenate([self.teacher.log_weights, log_tail], axis=-1)
+        assert self.teacher.log_tail is not None
+        log_weights = jnp.concatenate([self.teacher.log_weights, self.teacher.log_tail[:, None]], axis=-1)
         student = jnp.concatenate([at_ids, student_outside], axis=-1)
         return Logits(
             student=student,
             teacher=self.teacher.temperature * log_weights,
             is_shared=jnp.ones((1, student.shape[-1]), bool),
-            # Of draws nothing is outside: a token that was not drawn is one of weight 0.
-            is_kept=jnp.pad(self._is_used, ((0, 0), (0, 1))) | self.teacher.is_drawn,
-            is_truncated=not self.teacher.is_drawn,
+            is_kept=jnp.pad(self.teacher.ids < self._size, ((0, 0), (0, 1))),
+            is_truncated=True,
         )
 
     def _seen(self, columns: Logits) -> tuple[Scale, Sums]:
@@ -245,14 +351,7 @@ class StoredBlock:
 
     def _totals(self, reduced: _Reduced) -> KDSums:
         value = self.student.asked.divergence.value(reduced.scale, reduced.sums)
-        kept_mass = None
-        if self.teacher.log_tail is None:
-            # The KL of the draws' shares knows their entropy. In its place comes that of what they were drawn from.
-            log_weights = self.teacher.log_weights
-            weighted = jnp.where(log_weights > -jnp.inf, jnp.exp(log_weights) * log_weights, 0.0)
-            value = value - jnp.sum(weighted, axis=-1, keepdims=True) - self.teacher.entropy[:, None]
-        elif self.teacher.is_asked_at_own:
-            kept_mass = -jnp.expm1(self.teacher.log_tail[:, None])
+        assert self.teacher.log_tail is not None
         kd = self.student.weights.temperature**2 * value
         asked = self.student.asked
         per_token = KDSums(
@@ -261,7 +360,7 @@ class StoredBlock:
             log_z_sq_sum=reduced.log_z**2,
             teacher_ce_sum=-self.teacher.target_log_prob[:, None],
             n=jnp.ones_like(value),
-            kept_mass_sum=kept_mass,
+            kept_mass_sum=-jnp.expm1(self.teacher.log_tail[:, None]) if self.teacher.is_asked_at_own else None,
             kl_t1_sum=kd if "kl_t1_sum" in self.teacher.known_sums(self._size, asked) else None,
         )
         return self.student.summed(per_token)
@@ -275,7 +374,7 @@ class StoredBlock:
         gradient = gradient - jnp.where(ids == targets, hard, 0.0)
         at_ids = by_student * jnp.exp(reduced.at_ids - reduced.top) + slope[:, :-1]
         at_ids = at_ids - jnp.where(self.teacher.ids == targets, hard, 0.0)
-        return vocabulary.replaced(gradient, self._slots, at_ids)
+        return vocabulary.replaced(gradient, self.teacher.slots(self._size), at_ids)
 
     def _outside_gradient(
         self, reduced: _Reduced, by_student: PerPosition, slope: PerPosition, ids: Int[Array, "1 V"]

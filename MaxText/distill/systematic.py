@@ -13,13 +13,19 @@ of mass 0 is never drawn, whatever the rounding.
 Source: Madow and Madow, "On the Theory of Systematic Sampling" (1944).
 """
 
+import functools
+import math
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from MaxText.distill.truncation import Scalar
-from MaxText.distill.vocabulary import Vocabulary
+from MaxText.distill.vocabulary import CHUNK_VALUES, Vocabulary
 
-# Tokens of a chunk; each point's chunk is looked at. It divides most vocabularies, so that nothing is filled up.
+# Tokens of a chunk, at most: the width of an accelerator's registers. It divides most vocabularies, so that nothing is
+# filled up.
 _CHUNK = 128
 
 
@@ -40,16 +46,39 @@ def systematic_draws(
         temperature: T > 0.
         vocabulary: how the last axis is laid out. The ids are the same on all its devices.
     """
+    given = {"draws": draws, "temperature": temperature, "vocabulary": vocabulary}
+    on_cpu = functools.partial(_drawn, chunk=_narrow_chunk(logits.shape[-1]), on_cpu=True, **given)
+    elsewhere = functools.partial(_drawn, chunk=_CHUNK, on_cpu=False, **given)
+    return jax.lax.platform_dependent(logits, offsets, cpu=on_cpu, default=elsewhere)
+
+
+def _narrow_chunk(tokens: int) -> int:
+    """For a CPU: the sum over chunks and the looks at the tokens of those that points lie in then take equally long."""
+    return min(_CHUNK, 1 << max(3, round(math.log2(tokens / 16) / 2)))
+
+
+def _drawn(
+    logits: Float[Array, "n V"],
+    offsets: Float[Array, "n 1"],
+    *,
+    draws: int,
+    temperature: Scalar,
+    vocabulary: Vocabulary,
+    chunk: int,
+    on_cpu: bool,
+) -> Int[Array, "n N"]:
     maximum = vocabulary.maxima(lambda _, logits: logits, logits)
     # What is missing of the last chunk has no mass.
-    missing = -logits.shape[-1] % _CHUNK
+    missing = -logits.shape[-1] % chunk
     padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    padded = padded.reshape(logits.shape[0], -1, _CHUNK)
+    padded = padded.reshape(logits.shape[0], -1, chunk)
 
-    def weights(logits: Array, maximum: Array) -> Array:
-        return jnp.exp((logits - maximum) / temperature)
+    def weights(logits: Array) -> Array:
+        found = jnp.exp((logits - maximum[..., None]) / temperature)
+        # XLA for CPUs takes exponentials one by one, and several times, where they are not written.
+        return jax.lax.optimization_barrier(found) if on_cpu else found
 
-    masses = jnp.sum(weights(padded, maximum[..., None]), axis=-1)
+    masses = _masses(padded, weights, CHUNK_VALUES if on_cpu else None)
     own = jnp.sum(masses, axis=-1, keepdims=True)
     shards = vocabulary.shards(own)
     shard_ends = jnp.cumsum(shards, axis=-1)
@@ -58,11 +87,31 @@ def systematic_draws(
     before = vocabulary.own_shard(shard_ends - shards)
 
     chunk_ends = before + jnp.cumsum(masses, axis=-1)
-    chunk = _reached(masses[:, None], chunk_ends[:, None], points)
-    tokens = weights(jnp.take_along_axis(padded, chunk[..., None], axis=1), maximum[..., None])
-    start = jnp.take_along_axis(chunk_ends - masses, chunk, axis=-1)
+    place = (_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points)
+    tokens = weights(jnp.take_along_axis(padded, place[..., None], axis=1))
+    start = jnp.take_along_axis(chunk_ends - masses, place, axis=-1)
     token = _reached(tokens, start[..., None] + jnp.cumsum(tokens, axis=-1), points)
-    return vocabulary.of_shard(shard, vocabulary.first(logits) + chunk * _CHUNK + token)
+    return vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
+
+
+def _masses(padded: Float[Array, "n C S"], weights: Callable[[Array], Array], slab: int | None) -> Float[Array, "n C"]:
+    """The mass of each chunk, in slabs of so many values at a time, which stay in a CPU's cache, if asked for."""
+    n, chunks, size = padded.shape
+    per_slab = chunks if slab is None else max(1, slab // (n * size))
+    slabs = chunks // per_slab
+
+    def sums(of: Array) -> Array:
+        return jnp.sum(weights(of), axis=-1)
+
+    if slabs <= 1:
+        return sums(padded)
+    rest = chunks % per_slab
+
+    def visit(i: Array) -> Array:
+        return sums(jax.lax.dynamic_slice_in_dim(padded, rest + i * per_slab, per_slab, axis=1))
+
+    others = jnp.moveaxis(jax.lax.map(visit, jnp.arange(slabs)), 0, 1).reshape(n, -1)
+    return jnp.concatenate([sums(padded[:, :rest]), others], axis=1) if rest else others
 
 
 def _reached(masses: Float[Array, "n #N P"], ends: Float[Array, "n #N P"], points: Float[Array, "n N"]) -> Array:
@@ -72,3 +121,13 @@ def _reached(masses: Float[Array, "n #N P"], ends: Float[Array, "n #N P"], point
     reach = has_mass & (ends > points[..., None])
     last = jnp.max(jnp.where(has_mass, parts, 0), axis=-1)
     return jnp.minimum(jnp.min(jnp.where(reach, parts, masses.shape[-1]), axis=-1), last)
+
+
+def _searched(masses: Float[Array, "n 1 P"], ends: Float[Array, "n 1 P"], points: Float[Array, "n N"]) -> Array:
+    """The same by bisection: the logarithm of P looks at a point, one after the other."""
+    has_mass = masses[:, 0] > 0.0
+    # Ascending, and a part without mass ends where the one before it does.
+    ends = jax.lax.cummax(jnp.where(has_mass, ends[:, 0], -jnp.inf), axis=1)
+    found = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(ends, points)
+    last = jnp.max(jnp.where(has_mass, jnp.arange(ends.shape[1], dtype=jnp.int32), 0), axis=1, keepdims=True)
+    return jnp.minimum(found.astype(jnp.int32), last)

@@ -72,11 +72,20 @@ class Vocabulary(NamedTuple):
     ) -> Float[Array, "n V"]:
         """The logits with other values at some token ids per position, which ascend; ids that are no token's are
         passed over."""
+        place, how = self._places(logits, tokens)
+        return place.set(values, **how)
+
+    def added(
+        self, logits: Float[Array, "n V"], tokens: Int[Array, "n K"], values: Float[Array, "#n #K"]
+    ) -> Float[Array, "n V"]:
+        """Likewise with these values on top."""
+        place, how = self._places(logits, tokens)
+        return place.add(values, **how)
+
+    def _places(self, logits: Float[Array, "n V"], tokens: Int[Array, "n K"]) -> tuple[Any, dict[str, Any]]:
         positions = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-        how: Any = {"mode": "drop", "wrap_negative_indices": False}
-        # A TPU writes such values side by side instead of one after the other.
-        how |= {"indices_are_sorted": True, "unique_indices": True}
-        return logits.at[positions, tokens - self.first(logits)].set(values, **how)
+        how = {"mode": "drop", "wrap_negative_indices": False, "indices_are_sorted": True, "unique_indices": True}
+        return logits.at[positions, tokens - self.first(logits)], how
 
     def top_k(self, logits: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The k largest values and their token ids, in descending order, equal values by lower token id."""
@@ -94,7 +103,7 @@ class Vocabulary(NamedTuple):
 
 
 # Values of a chunk of the vocabulary that a CPU reduces at a time: a few such arrays stay in its cache.
-_CHUNK_VALUES = 1 << 18
+CHUNK_VALUES = 1 << 18
 
 
 def _reduce(
@@ -115,7 +124,7 @@ def _reduce(
         return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
 
     rows, vocabulary = logits[0].shape
-    size = max(128, _CHUNK_VALUES // rows)
+    size = max(128, CHUNK_VALUES // rows)
     if vocabulary <= size:
         return whole(*logits)
 

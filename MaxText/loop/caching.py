@@ -1,10 +1,11 @@
 """Writing a cache: batches of rows to the teacher, what it says of them to the disk.
 
-Batch n is on the devices while batch n - 1 is packed and written. Each host writes the rows that it has read, and all
-of them complete a file after the same batch, so that a killed caching goes on with all hosts at one place.
+Batches n and n + 1 are on the devices while batch n - 1 is packed and written. Each host writes the rows that it
+has read, and all complete a file after the same batch, so that a killed caching goes on with all hosts at one place.
 Left out on purpose: rows in which no token counts, which teach nothing.
 """
 
+import collections
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ TOKENS_PER_SHARD = 1 << 21
 CUT = "cut"
 # Bytes a token takes, roughly, by what is stored: for an estimate before there is any.
 DRAWN, LIKELIEST = 0.55, 2.3
+
+# Batches that are computed while one is packed. With one alone the devices wait wherever a batch takes long to read.
+AHEAD = 2
 
 # The settings that decide what the rows are, beside the files.
 OF_DATA = ("dataset_type", "packing", "grain_packing_type", "max_segments_per_seq", "use_truncation", "use_sft",
@@ -156,7 +160,7 @@ def write_split(config: Any, kd: Distillation, split: str, reader: Any, step: St
     go_back(writer)
     is_first = writer.batches == 0
     with course.shown(split, limit * hosts, writer.rows * hosts) as advance:
-        for read, found in one_ahead(once.batches(config, split, reader, writer.position), step):
+        for read, found in launched_ahead(once.batches(config, split, reader, writer.position), step):
             said = own_rows(found)
             if is_first:
                 look(config, kd, read.batch, said)
@@ -184,16 +188,14 @@ def go_back(writer: shards.Writer) -> None:
         writer.go_back_to(least)
 
 
-def one_ahead(batches: Iterator[once.Read], step: Step) -> Iterator[tuple[once.Read, Targets]]:
-    """Each batch with what the teacher says of it, the next one being computed meanwhile."""
-    before = None
+def launched_ahead(batches: Iterator[once.Read], step: Step) -> Iterator[tuple[once.Read, Targets]]:
+    """Each batch with what the teacher says of it, the next ones being computed meanwhile."""
+    launched: collections.deque[tuple[once.Read, Targets]] = collections.deque()
     for read in batches:
-        launched = read, step(read.batch)
-        if before is not None:
-            yield before
-        before = launched
-    if before is not None:
-        yield before
+        launched.append((read, step(read.batch)))
+        if len(launched) > AHEAD:
+            yield launched.popleft()
+    yield from launched
 
 
 def common(number: int, *, largest: bool = False) -> int:

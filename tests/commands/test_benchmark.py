@@ -106,7 +106,8 @@ def test_loss_rows_are_all_there_and_blocks_need_less_memory_than_dense_logits(
     report = measured(tmp_path, "--only", "loss", *widths)
     rows = {entry["name"]: entry for entry in report["rows"]}
     blocks = [name for name in rows if name.startswith("KD, blockwise")]
-    assert list(rows) == [programs.CE_DENSE, programs.CE_TILED, programs.KD_DENSE, *blocks]
+    stored = [name for name in rows if name.startswith("KD, stored")]
+    assert list(rows) == [programs.CE_DENSE, programs.CE_TILED, programs.KD_DENSE, *blocks, *stored]
     assert blocks == [
         "KD, blockwise, full",
         *(
@@ -115,6 +116,14 @@ def test_loss_rows_are_all_there_and_blocks_need_less_memory_than_dense_logits(
             for strategy in ("renormalize", "other_bucket", "renormalize_teacher")
         ),
     ]
+    strategies = ("renormalize", "other_bucket", "renormalize_teacher")
+    assert stored == ["KD, stored, 50 draws", *(f"KD, stored, top-k 64, {strategy}" for strategy in strategies)]
+    for name in stored:
+        assert (
+            rows[name]["temp_bytes"]
+            <= rows[name.replace("stored", "blockwise").replace("50 draws", "full")]["temp_bytes"]
+        )
+        assert rows[name]["flops"] == 2 * N * V * 3 * D
     assert rows[programs.KD_DENSE]["temp_bytes"] >= 2 * 4 * N * V
     for name in blocks:
         assert rows[name]["block"] < N
@@ -132,8 +141,14 @@ def test_step_rows_compare_our_step_with_upstreams_and_a_forward_pass(
     report = measured(tmp_path, "--only", "step", "--width", "16", "--block-mib", "1")
     names = [entry["name"] for entry in report["rows"]]
     assert names[:3] == [programs.STEP_CE, programs.TEACHER_LOGITS, programs.TEACHER_HIDDEN]
-    assert names[3:] == ["KD step, full", "KD step, top-k 64, renormalize", "KD step, top-p 0.9, renormalize"]
-    for entry in report["rows"][3:]:
+    assert names[3:6] == ["KD step, full", "KD step, top-k 64, renormalize", "KD step, top-p 0.9, renormalize"]
+    stored = ("50 draws", "top-k 64, renormalize")
+    assert names[6:] == [f"{what}, {kept}" for kept in stored for what in (programs.CACHING, programs.STEP_STORED)]
+    for caching, learning in (report["rows"][6:8], report["rows"][8:]):
+        assert caching["to_logits"] > 0
+        assert learning["temp_bytes"] <= report["rows"][3]["temp_bytes"]
+        assert learning["argument_bytes"] < report["rows"][3]["argument_bytes"]
+    for entry in report["rows"][3:6]:
         assert 0 < entry["to_ce_and_logits"] < entry["to_tiled_ce"]
         assert entry["temp_bytes"] < 2 * 4 * N * V + report["rows"][0]["temp_bytes"]
     assert_table_shows(report, capsys.readouterr().out)

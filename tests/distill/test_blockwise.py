@@ -129,7 +129,7 @@ def test_values_and_gradients_equal_the_plain_form(strategy, keep, monkeypatch):
     arguments = (*problem(), *WEIGHTS)
     expected = gradients_of(plain(**settings))(*arguments)
     # Several chunks of the vocabulary, as at its true size; the first one is shorter.
-    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 500)
+    monkeypatch.setattr(vocabulary, "CHUNK_VALUES", 8 * 500)
     assert_equal(gradients_of(blockwise(block_size=8, **settings))(*arguments), expected)
 
 
@@ -149,7 +149,7 @@ def test_tokens_that_one_model_lacks_are_in_no_term_that_the_teacher_is_in(strat
     student_head["embedding"] = student_head["embedding"].at[SHARED:].multiply(3.0)
     arguments = (student_hidden, student_head, teacher_hidden, teacher_head, targets % SHARED, mask, *WEIGHTS)
     settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
-    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 500)
+    monkeypatch.setattr(vocabulary, "CHUNK_VALUES", 8 * 500)
     (objective, sums), gradients = gradients_of(blockwise(block_size=8, shared_vocabulary=SHARED, **settings))(
         *arguments
     )

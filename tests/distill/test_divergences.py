@@ -124,7 +124,7 @@ def test_a_further_divergence_is_one_class_and_the_walk_takes_it(divergence, def
         ce = log_z - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return jnp.sum(jnp.where(tokens.mask, (1 - alpha) * ce + alpha * kd + z_weight * log_z**2, 0.0))
 
-    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 300)  # several chunks, as at a vocabulary's true size
+    monkeypatch.setattr(vocabulary, "CHUNK_VALUES", 8 * 300)  # several chunks, as at a vocabulary's true size
     live = LiveTeacher(Projection(teacher_hidden, teacher_head, matrix_project))
     (objective, _), gradient = walked(live, tokens, divergence)(hidden, head)
     assert_close((objective, gradient), jax.value_and_grad(plain, argnums=(0, 1))(hidden, head))

@@ -104,7 +104,7 @@ def test_the_k_largest_teach_as_the_live_teacher_does(strategy, temperature, k, 
     live = LiveTeacher(Projection(teacher_hidden, teacher_head, project), top_k=k)
     slots = k + 3 if k < V else k
     stored = stored_top_k(teacher_hidden @ teacher_head, tokens.targets, k=k, temperature=temperature, slots=slots)
-    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 8 * 128)
+    monkeypatch.setattr(vocabulary, "CHUNK_VALUES", 8 * 128)
     got, expected = (
         walked(teacher, tokens, strategy, temperature, evaluation=True)(hidden, head) for teacher in (stored, live)
     )
@@ -201,6 +201,18 @@ def test_draws_teach_without_bias_and_systematic_ones_err_at_most_0_65_times_as_
             assert (np.abs(got.mean(axis=0) - mean) <= 4 * standard_error + 1e-5).all()
         errors.append(np.sqrt(np.mean(np.square(gradients - expected[1]))))
     assert errors[0] <= 0.65 * errors[1]
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+@pytest.mark.parametrize("shared", (0, SHARED))
+def test_draws_with_the_shares_of_the_whole_distribution_teach_as_the_live_teacher_does(temperature, shared):
+    hidden, head, teacher_hidden, teacher_head, tokens = problem()
+    live = LiveTeacher(Projection(teacher_hidden, teacher_head, project), shared_vocabulary=shared)
+    logits = teacher_hidden @ teacher_head
+    largest = stored_top_k(logits, tokens.targets, k=shared or V, temperature=temperature, shared=shared, slots=V)
+    stored = dataclasses.replace(largest, log_tail=None)
+    got, expected = (walked(teacher, tokens, "renormalize", temperature)(hidden, head) for teacher in (stored, live))
+    assert_teaches_as(got, expected)
 
 
 def test_of_draws_each_strategy_is_the_kl_of_the_whole_vocabulary_and_evaluation_knows_it():

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_blockwise import in_four_devices
 
+from MaxText.distill import systematic
 from MaxText.distill.systematic import systematic_draws
 from MaxText.distill.vocabulary import Vocabulary
 
@@ -59,6 +60,19 @@ def test_draws_are_the_points_of_the_cumulative_distribution():
     # The cumulative sum of float32 has an error of a few 1e-6, which is what the draws' interval may be off by.
     before = np.take_along_axis(np.pad(cumulative, ((0, 0), (1, 0))), ids, axis=-1)
     assert (points > before - 5e-6).all() and (points < np.take_along_axis(cumulative, ids, axis=-1) + 5e-6).all()
+
+
+@pytest.mark.parametrize("vocabulary", (1, 130, 5000))
+def test_a_cpu_draws_what_an_accelerator_does(vocabulary, monkeypatch):
+    monkeypatch.setattr(systematic, "CHUNK_VALUES", 64 * 900)
+    rng = np.random.default_rng(vocabulary)
+    # Masses of 0 and 1, whose sums are exact in any order; chunks without mass among them.
+    logits = np.where(rng.random((64, vocabulary)) < 0.02, 0.0, -np.inf)
+    logits[:, rng.integers(vocabulary)] = 0.0
+    arguments = jnp.asarray(logits, jnp.float32), jnp.asarray(rng.random((64, 1)), jnp.float32)
+    settings = {"draws": DRAWS, "temperature": 1.0, "vocabulary": Vocabulary()}
+    elsewhere = systematic._drawn(*arguments, chunk=128, on_cpu=False, **settings)
+    np.testing.assert_array_equal(systematic.systematic_draws(*arguments, **settings), elsewhere)
 
 
 @pytest.mark.parametrize("vocabulary", (1, 100, 128, 129, 1000))

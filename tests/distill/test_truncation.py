@@ -108,7 +108,7 @@ def test_the_bound_of_top_k_is_the_kept_set(top_k):
 @pytest.mark.parametrize("top_p", (0.01, 0.3, 0.9, 0.999))
 def test_the_bound_of_top_p_is_the_kept_set(top_p, monkeypatch):
     # Five chunks, the first one shorter: what a large vocabulary gets.
-    monkeypatch.setattr(vocabulary, "_CHUNK_VALUES", 40 * 400)
+    monkeypatch.setattr(vocabulary, "CHUNK_VALUES", 40 * 400)
     _, teacher = reference.logits_of_every_scale(11, 40, 1900)
     for logits in (teacher, logits_with_ties(40, 1900)):
         for temperature in TEMPERATURES:

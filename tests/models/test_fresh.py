@@ -1,4 +1,4 @@
-"""Laws of a student's beginning: where it stands, which students are touched, and what is said of one that is far off."""
+"""Laws of a student's beginning: where it stands, whom that touches, and what is said of one that is far off."""
 
 import math
 from typing import Any
@@ -85,6 +85,7 @@ def test_a_fresh_student_is_upstreams_but_for_the_scale_of_its_table(keys, std, 
     for path, value in plain.items():
         scale = np.float32(std) if path == fresh.TABLE else 1
         np.testing.assert_array_equal(state[path], value * scale)
+    assert state[fresh.TABLE].std() == pytest.approx(std, rel=0.02)
 
 
 def test_a_head_of_its_own_and_one_that_is_normalised_leave_the_table_as_upstream_draws_it(tmp_path):
@@ -105,7 +106,7 @@ def test_a_student_of_given_parameters_keeps_its_table(plain, tmp_path):
 
 @pytest.fixture(scope="module")
 def far(train, teacher, tmp_path_factory):
-    """(settings, output) of a distillation of one step, which moves nothing, whose student begins with a large table."""
+    """(settings, output) of a distillation of one step that moves nothing; its student begins with a large table."""
     keys = {**TIED, **KD, "kd_teacher_parameters_path": teacher, "kd_teacher_model_name": "tiny-llama"}
     keys |= {"base_output_directory": tmp_path_factory.mktemp("far"), "enable_checkpointing": "true"}
     keys |= {"kd_embedding_std": 0.75, "learning_rate": 1e-30}
@@ -123,7 +124,7 @@ def test_a_student_that_begins_far_above_guessing_is_warned_of_before_its_first_
     _, output = far
     warning = "warning: THE STUDENT BEGINS FAR ABOVE GUESSING: its cross-entropy on the first training batch is "
     assert "fresh, with an embedding table of standard deviation 0.75" in output
-    assert warning in output and output.index(warning) < output.index("step ")
+    assert warning in output and output.index(warning) < output.index("\nstep ")
     assert "a head tied to an embedding table of standard deviation 0.75; kd_embedding_std=0.1 " in output
 
 

@@ -92,9 +92,9 @@ def main(argv: Sequence[str]) -> None:
         header.header(dataclasses.replace(run, kd=kd), student, teacher)
         for line in coverage.report(config, student.mesh):
             say(line)
-        look = None  # at the teacher, on one batch: of evaluation or else the first of training
-        if kd.use_kd and not sanity.check_on_evaluation(config, kd, student, steps) and kd.distils:
-            look = functools.partial(sanity.check_on_first_step, config, kd)
+        look = None  # at both models, on one batch: of evaluation or else the first of training
+        if not kd.use_kd or not sanity.check_on_evaluation(config, kd, student, steps):
+            look = functools.partial(sanity.check_on_first_step, config, kd, student.origin)
 
         # 5. Loop.
         flops = upstream.tflops_per_step(config, teacher_config if kd.teacher_in_step else None)

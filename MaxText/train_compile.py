@@ -156,6 +156,7 @@ def abstract_student(config: Any, mesh: jax.sharding.Mesh) -> "student_lib.Stude
         mesh=mesh,
         learning_rate_schedule=lambda _: 0.0,
         start_step=0,
+        origin="",
         data_loader=None,
         data_iterator=None,
         rampup_manager=None,

@@ -243,6 +243,9 @@ def monitored(config: Any, recorder: Any) -> Iterator[None]:
             train_utils.maybe_cleanup_dcn_throttling(config)
 
 
+EMBEDDING_STD = 1.0  # that the engine draws every model's embedding table with, `models.Transformer`
+
+
 def tflops_per_step(config: Any, teacher_config: Any | None) -> float:
     """TFLOPs per device of one step: the student's, and a teacher's forward pass, a third of what training it costs."""
     total, _, _ = maxtext_utils.calculate_tflops_training_per_device(config, log=False)

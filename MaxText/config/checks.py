@@ -197,8 +197,21 @@ def check_run(student: Any) -> None:
             f"weight_dtype={student.weight_dtype}: MaxText trains no parameters of 8 bits; allowed is float32 or "
             "bfloat16 (a teacher may be held so: kd_teacher_overrides)"
         )
+    check_embedding_std(student)
     if student.elastic_enabled and not student.use_kd:
         raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
+
+
+def check_embedding_std(student: Any) -> None:
+    """A scale that is asked for must be one that a table is given."""
+    if student.kd_embedding_std is None:
+        return
+    given = f"kd_embedding_std={student.kd_embedding_std:g}"
+    for key in ("load_parameters_path", "load_full_state_path"):
+        if path := getattr(student, key):
+            raise ConfigError(f"{given} {key}={path!r}: the student's embedding table is restored, not drawn")
+    if not student.use_kd and (option := upstream.needs_own_loop(student)):
+        raise ConfigError(f"{given} {option}: MaxText's own loop runs this, and draws the table itself")
 
 
 def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.BaseModel], folder: pathlib.Path) -> None:

@@ -39,6 +39,7 @@ class KDKeys(pydantic.BaseModel):
     kd_teacher_tokenizer_path: str
     kd_vocab_size: int = pydantic.Field(ge=0)
     kd_mtp_alpha: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
+    kd_embedding_std: float | None = pydantic.Field(gt=0, allow_inf_nan=False)
     kd_block_mib: int = pydantic.Field(gt=0)
     kd_teacher_max_ce: float = pydantic.Field(ge=0, allow_inf_nan=False)
     kd_cache_path: str
@@ -50,7 +51,7 @@ class KDKeys(pydantic.BaseModel):
 
     @pydantic.field_validator(
         "kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", "kd_teacher_max_ce", "kd_vocab_size",
-        "kd_mtp_alpha", "kd_cache_draws", "kd_cache_rows",
+        "kd_mtp_alpha", "kd_cache_draws", "kd_cache_rows", "kd_embedding_std",
         "kd_alpha_start", "kd_alpha_end", "kd_temperature_start", "kd_temperature_end", mode="before",
     )  # fmt: skip
     @classmethod

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from MaxText import upstream
 from MaxText.config.keys import Distillation
 from MaxText.config.resolve import Run
 from MaxText.console import readable, say
 from MaxText.data.cached import Cached
-from MaxText.models import heads
+from MaxText.models import fresh, heads
 
 
 def header(run: Run, student: Any, teacher: Any) -> None:
@@ -21,6 +22,8 @@ def header(run: Run, student: Any, teacher: Any) -> None:
         ("run", f"{config.run_name}: {steps_text(student.start_step, config.steps)}"),
         ("student", model_text(config, nnx.state(student.state, nnx.Param))),
     ]
+    if not student.origin and fresh.table_std(config) != upstream.EMBEDDING_STD:
+        lines.append(("", f"fresh, with an embedding table of standard deviation {fresh.table_std(config):.3g}"))
     if teacher is not None:
         at = "" if teacher.checkpoint.step is None else f", step {teacher.checkpoint.step}"
         lines.append(("teacher", model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))

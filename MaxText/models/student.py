@@ -14,12 +14,16 @@ from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
 from MaxText.data import faults, pipelines
 from MaxText.data.cached import Cached, read_instead
-from MaxText.models import resumed
+from MaxText.models import fresh, resumed
 
 
 @dataclasses.dataclass
 class Student:
-    """What upstream's set-up makes: the train state on its shards, and everything that feeds and saves it."""
+    """What upstream's set-up makes: the train state on its shards, and everything that feeds and saves it.
+
+    Attributes:
+      origin: the setting, key=value, by which parameters were restored; "" for a fresh student.
+    """
 
     graphdef: nnx.GraphDef
     state: nnx.State
@@ -28,6 +32,7 @@ class Student:
     mesh: jax.sharding.Mesh
     learning_rate_schedule: Callable[[Any], Any]
     start_step: int
+    origin: str
     data_loader: Any
     data_iterator: Any
     rampup_manager: Any
@@ -38,6 +43,8 @@ class Student:
 
 def set_up(config: Any, recorder: Any, cached: Cached | None = None) -> Student:
     """Builds or restores the student's train state and opens the data: documents, or the rows of a cache.
+
+    A student that nothing is restored into has its embedding table at kd_embedding_std.
 
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
@@ -51,15 +58,18 @@ def set_up(config: Any, recorder: Any, cached: Cached | None = None) -> Student:
         upstream.train_utils.validate_completed_steps(start_step, config.steps)
     graphdef, state = nnx.split(train_state)
     params_shardings, shardings = upstream.sharding.maybe_update_params_sharding_with_opt(config, shardings)
+    # A restored state is not always on the shardings the step is compiled for: it would be compiled twice.
+    state = jax.tree.map(on_sharding, state, shardings)
+    origin = fresh.origin(config, manager)
     return Student(
         graphdef=graphdef,
-        # A restored state is not always on the shardings the step is compiled for: it would be compiled twice.
-        state=jax.tree.map(on_sharding, state, shardings),
+        state=state if origin else fresh.with_table_at(state, fresh.table_std(config)),
         state_shardings=shardings,
         params_shardings=params_shardings,
         mesh=mesh,
         learning_rate_schedule=schedule,
         start_step=start_step,
+        origin=origin,
         data_loader=loader,
         data_iterator=iterator,
         rampup_manager=rampup,

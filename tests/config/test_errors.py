@@ -130,6 +130,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         [*KD, "kd_mtp_alpha=0.5", "kd_alpha=0", "mtp_num_layers=1"],
         ["kd_mtp_alpha=0.5", "kd_alpha=0"],
     ),
+    "table without deviation": (["kd_embedding_std=0"], ["kd_embedding_std=0", "greater than 0"]),
+    "scale of a table that is restored": (
+        ["kd_embedding_std=0.02", "load_parameters_path={teacher}"],
+        ["kd_embedding_std=0.02", "load_parameters_path=", "restored, not drawn"],
+    ),
+    "scale of a table that only upstream draws": (
+        ["kd_embedding_std=0.02", "enable_diloco=true"],
+        ["kd_embedding_std=0.02", "enable_diloco=True", "MaxText's own loop"],
+    ),
     "MTP's alpha above 1": ([*KD, "kd_mtp_alpha=1.5"], ["kd_mtp_alpha=1.5", "less than or equal to 1"]),
     "teacher that cannot be built": (
         [*KD, "kd_teacher_overrides={base_num_kv_heads: 3}"],

@@ -1,7 +1,7 @@
 """Writing a cache: batches of rows to the teacher, what it says of them to the disk.
 
-Batches n and n + 1 are on the devices while batch n - 1 is packed and written. Each host writes the rows that it has read, and all
-of them complete a file after the same batch, so that a killed caching goes on with all hosts at one place.
+Batches n and n + 1 are on the devices while batch n - 1 is packed and written. Each host writes the rows that it has
+read, and all complete a file after the same batch, so that a killed caching goes on with all hosts at one place.
 Left out on purpose: rows in which no token counts, which teach nothing.
 """
 

@@ -168,4 +168,4 @@ def step_programs(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folde
         } | ({"teacher_log_tail": stored.log_tail} if kept.top_k else {})
         row = Row("step", f"{programs.STEP_STORED}, {kept.name}", *shape, flops=student_flops, block=block)
         traced = train_compile.trace(config, kd, learner, None)
-        yield updating(row, traced, student.state, batch=batch | numbers)
+        yield updating(row, traced, student.state, None, batch=batch | numbers)

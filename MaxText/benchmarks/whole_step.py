@@ -160,7 +160,7 @@ def step_programs(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folde
         kd = kd.model_copy(update={"kd_cache_path": "unread", "kd_teacher_parameters_path": ""})
         learner = dataclasses.replace(student, cached=cached.assumed(config, kd))
         stored = loss.stored_targets(kept, batch["targets"].shape, vocabulary)
-        numbers = {
+        numbers: dict[str, Any] = {
             "teacher_ids": stored.ids,
             "teacher_log_weights": stored.log_weights,
             "teacher_target_log_prob": stored.target_log_prob,

@@ -16,6 +16,7 @@ Source: Madow and Madow, "On the Theory of Systematic Sampling" (1944).
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def systematic_draws(
         temperature: T > 0.
         vocabulary: how the last axis is laid out. The ids are the same on all its devices.
     """
-    given = {"draws": draws, "temperature": temperature, "vocabulary": vocabulary}
+    given: dict[str, Any] = {"draws": draws, "temperature": temperature, "vocabulary": vocabulary}
     on_cpu = functools.partial(_drawn, chunk=_narrow_chunk(logits.shape[-1]), on_cpu=True, **given)
     elsewhere = functools.partial(_drawn, chunk=_CHUNK, on_cpu=False, **given)
     return jax.lax.platform_dependent(logits, offsets, cpu=on_cpu, default=elsewhere)

@@ -14,7 +14,6 @@ Source: Madow and Madow, "On the Theory of Systematic Sampling" (1944).
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +54,7 @@ def systematic_draws(
 
 def _narrow_chunk(tokens: int) -> int:
     """For a CPU: the sum over chunks and the looks at the tokens of those that points lie in then take equally long."""
-    return min(_CHUNK, 1 << max(3, round(math.log2(tokens / 16) / 2)))
+    return min(_CHUNK, 1 << max(3, (tokens // 16).bit_length() // 2))
 
 
 def _drawn(

@@ -7,10 +7,11 @@ import corpus as build_corpus
 import plot as plot_demo
 import pytest
 import results as outcome
-import run as demo
 import sentencepiece
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from maxtext.input_pipeline.protos import example_pb2
+
+import runs as demo
 
 PACKAGES = ("asyncio", "email", "json", "logging", "unittest", "xml/dom", "copy_of_email")
 

@@ -348,7 +348,7 @@ def test_a_step_needs_no_more_memory_than_with_a_live_teacher(strategy, k):
         ({"shared_vocabulary": V + 1}, {}, f"shared_vocabulary={V + 1}"),
         ({"ids": jnp.zeros((N, V + 1), jnp.int32)}, {}, f"{V + 1} stored tokens"),
     ),
-    ids=str,
+    ids=("temperature of the tail", "temperature of draws", "divergence of draws", "shared tokens", "slots"),
 )
 def test_targets_that_teach_no_such_loss_are_an_error_that_says_why(changes, settings, named):
     hidden, head, teacher_hidden, teacher_head, tokens = problem()

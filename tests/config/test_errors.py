@@ -332,9 +332,11 @@ def test_a_machine_on_its_own_that_looks_for_others_is_told_so(tmp_path):
     assert "hardware=cpu skip_jax_distributed_system=true" in message
 
 
-def test_settings_that_teach_nothing_are_warned_of(capsys):
-    teacher = "kd_teacher_parameters_path=/no/such/teacher"  # what ends it, after the warnings
-    with pytest.raises(ConfigError, match="/no/such/teacher"):
-        trainer.main(["train.py", SMOKE, "use_kd=true", teacher, "kd_top_k=1", "kd_alpha=1"])
+def test_settings_that_teach_nothing_are_warned_of(folders, capsys):
+    # An unreadable state to begin with ends it, after the warnings.
+    message = {"load_full_state_path": "/no/such/state", "kd_top_k": 1, "kd_alpha": 1}
+    keys = [f"{key}={value}" for key, value in message.items()]
+    with pytest.raises(ConfigError):
+        trainer.main(["train.py", SMOKE, *filled_in(folders, [*KD, *keys])])
     said = capsys.readouterr().out
     assert "warning: kd_top_k=1" in said and "warning: kd_alpha=1" in said

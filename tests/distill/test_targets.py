@@ -163,5 +163,6 @@ def check_sharded_targets(_):
             assert_equal(*finite)
 
 
+@pytest.mark.slow
 def test_a_teacher_on_several_devices_gives_the_same():
     in_four_devices(check_sharded_targets, False)

@@ -130,6 +130,7 @@ def test_what_a_mixture_logs_is_what_it_optimises(make):
     assert biases and all(np.any(bias) for bias in biases)
 
 
+@pytest.mark.slow
 def test_the_routers_of_a_dense_students_teacher_add_nothing(make, expert_teacher):
     def sums(lab):
         def run(state, teacher):

@@ -111,6 +111,7 @@ def test_all_of_the_vocabulary_stored_teaches_what_the_live_teacher_does(keys, t
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found[1], live[1])
 
 
+@pytest.mark.slow
 def test_conditioned_on_what_is_stored_a_student_may_learn_at_another_temperature(teacher, tmp_path):
     keys = {"kd_top_k": 16, "kd_truncation_strategy": "renormalize", "kd_temperature": 2}
     lab = lab_lib.make(tmp_path, teacher, eval_interval=3, eval_steps=1, **DESCENT | keys)

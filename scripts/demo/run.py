@@ -18,13 +18,7 @@ import time
 from pathlib import Path
 
 from corpus import build
-from plot import plot
-from results import summary, table, verdict
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from MaxText.console import errors_as_lines
-from runs import (
+from plan import (
     CACHE,
     OUT,
     ROOT,
@@ -40,6 +34,12 @@ from runs import (
     read_metrics,
     trainer_identity,
 )
+from plot import plot
+from results import summary, table, verdict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from MaxText.console import errors_as_lines
 
 
 def launch(run: Run, console: Console) -> int:

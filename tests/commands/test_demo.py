@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import corpus as build_corpus
+import plan as demo
 import plot as plot_demo
 import pytest
 import results as outcome
 import sentencepiece
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from maxtext.input_pipeline.protos import example_pb2
-
-import runs as demo
 
 PACKAGES = ("asyncio", "email", "json", "logging", "unittest", "xml/dom", "copy_of_email")
 

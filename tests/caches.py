@@ -52,14 +52,18 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def read(folder: pathlib.Path, keys: dict[str, Any], **more: Any) -> list[dict[str, np.ndarray]]:
-    """The batches that a run on the cache trains on, to the end of its data."""
+def opened(folder: pathlib.Path, keys: dict[str, Any], **more: Any) -> tuple[Any, Any]:
+    """The iterators of a run on the cache, for training and evaluation."""
     line = ["train.py", *arguments(students(keys, folder) | more, folder.parent)]
     run = resolve.initialize(line)
     found = cached.find(run.student, run.kd)
     mesh = upstream.maxtext_utils.get_mesh_from_config(run.student)
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS(["train.py"])
-    with pipelines.mended(run.student), cached.read_instead(found):
-        iterator, _ = upstream.input_pipeline_interface.create_data_iterator(run.student, mesh)
-    return [{name: np.asarray(array) for name, array in batch.items()} for batch in iterator]
+    with pipelines.mended(run.student), cached.read_instead(run.student, found):
+        return upstream.input_pipeline_interface.create_data_iterator(run.student, mesh)
+
+
+def read(folder: pathlib.Path, keys: dict[str, Any], **more: Any) -> list[dict[str, np.ndarray]]:
+    """The batches that a run on the cache trains on, to the end of its data."""
+    return [{name: np.asarray(array) for name, array in batch.items()} for batch in opened(folder, keys, **more)[0]]

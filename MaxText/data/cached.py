@@ -7,7 +7,7 @@ What is put in its place is the source, rows by their number, and what it does t
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -152,21 +152,30 @@ def check_same_teacher(kd: Distillation, cached: Cached, fingerprint: str) -> No
 
 
 @contextlib.contextmanager
-def read_instead(cached: Cached | None) -> Iterator[None]:
+def read_instead(config: Any, cached: Cached | None) -> Iterator[None]:
     """Around what opens a run's data: the rows of `cached`, if there is one."""
     if cached is None:
         yield
         return
-    module = upstream.grain_data_processing
+    module, shapes = upstream.grain_data_processing, upstream.maxtext_utils
+    # For each row grain looks at all those that it reads ahead. They lie on this machine: two batches are enough.
+    ahead = 2 * upstream.data_processing_utils.get_local_batch_size(config)
     with (
-        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached)),
+        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached, ahead)),
         mock.patch.object(module, "pretrain_preprocessing_pipeline", batched),
+        # A host without a row of its own has batches of these shapes.
+        mock.patch.object(shapes, "get_shaped_batch", functools.partial(shaped, cached, shapes.get_shaped_batch)),
     ):
         yield
 
 
+def shaped(cached: Cached, get_shaped_batch: Callable[..., Shapes], *arguments: Any, **how: Any) -> Shapes:
+    return cached.beside(get_shaped_batch(*arguments, **how))
+
+
 def rows_of(
     cached: Cached,
+    ahead: int,
     *files: Any,
     split: str,
     shuffle: bool,
@@ -191,7 +200,7 @@ def rows_of(
         dataloading_host_index,
         dataloading_host_count,
         grain_num_threads,
-        grain_prefetch_buffer_size,
+        min(grain_prefetch_buffer_size, ahead),
     )
 
 

@@ -49,7 +49,12 @@ def set_up(config: Any, recorder: Any, cached: Cached | None = None) -> Student:
     Raises:
       ConfigError: upstream refuses the settings, the data or the checkpoint.
     """
-    with misfits_by_name(config), refusals_as_config_errors(config), pipelines.mended(config), read_instead(cached):
+    with (
+        misfits_by_name(config),
+        refusals_as_config_errors(config),
+        pipelines.mended(config),
+        read_instead(config, cached),
+    ):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (
             upstream.train_utils.setup_train_loop(config, recorder)

@@ -32,7 +32,7 @@ from MaxText.cache import codec, manifest, quantiser
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
-from MaxText.data import cached
+from MaxText.data import cached, evaluation
 from MaxText.loop import caching, header, step, targets
 from MaxText.models import teacher as teacher_lib
 
@@ -319,6 +319,17 @@ def test_each_row_is_read_once_an_epoch_in_an_order_of_the_seed(batch, epochs, r
         assert [sorted(epoch.tolist()) for epoch in order] == [expected] * epochs
         orders.append(order.tolist())
     assert orders[0] != orders[1]
+
+
+def test_a_host_without_a_row_of_evaluation_has_batches_like_the_others(drawn, monkeypatch):
+    _, iterator = caches.opened(drawn, READING, per_device_batch_size=4, eval_interval=1, grain_worker_count_eval=0)
+    full = iterator.dataloader
+    like = {name: (array.shape, array.dtype) for name, array in next(iter(full)).items()}
+    others_have_rows = iter([True, False])
+    monkeypatch.setattr(evaluation, "any_host", lambda has: next(others_have_rows))
+    (batch,) = evaluation.FullBatches([], full.empty)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == like
+    assert not batch["targets_segmentation"].any()
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

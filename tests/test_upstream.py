@@ -28,6 +28,7 @@ CALLS = {
     "checkpointing.maybe_save_checkpoint": "checkpoint_manager state config data_iterator step",
     "checkpointing.save_checkpoint": "checkpoint_manager step state config data_iterator | force",
     "checkpointing.wait_until_finished": "checkpoint_manager",
+    "data_processing_utils.get_local_batch_size": "config",
     "data_processing_utils.get_tokenizer_and_pad_id": "config | add_bos add_eos",
     "gcs_utils.gcs_glob_pattern": "pattern",
     "gcs_utils.upload_dump": "| local_dir target_dir module_name delete_local_after all_host_upload",

@@ -178,29 +178,23 @@ def rows_of(
     ahead: int,
     *files: Any,
     split: str,
-    shuffle: bool,
-    shuffle_seed: int,
-    num_epoch: int | None,
     dataloading_host_index: int,
     dataloading_host_count: int,
-    grain_num_threads: int,
     grain_prefetch_buffer_size: int,
-    **others: Any,
+    **settings: Any,
 ) -> Any:
     """In the place of the engine's `get_datasets`: the rows that this host reads, in the order in which it does."""
     source = decoding.StudentRows(cached.folder, split, slots=cached.slots, vocabulary=cached.vocabulary)
     dataset = grain.MapDataset.source(source)
     if split == "train" and cached.rows:
         dataset = dataset[: cached.rows]
+    order = {name: settings[name] for name in ("shuffle", "shuffle_seed", "num_epoch", "grain_num_threads")}
     return upstream.grain_data_processing._apply_mapdataset_transforms(
-        dataset,
-        shuffle,
-        shuffle_seed,
-        num_epoch,
-        dataloading_host_index,
-        dataloading_host_count,
-        grain_num_threads,
-        min(grain_prefetch_buffer_size, ahead),
+        dataset=dataset,
+        dataloading_host_index=dataloading_host_index,
+        dataloading_host_count=dataloading_host_count,
+        grain_prefetch_buffer_size=min(grain_prefetch_buffer_size, ahead),
+        **order,
     )
 
 

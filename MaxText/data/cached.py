@@ -89,10 +89,10 @@ def find(config: Any, kd: Distillation) -> Cached | None:
     found = {split: manifest.check(folder, split) for split in splits}["train"]
     check_fits(config, kd, found.contents)
     rows = found.splits["train"].rows
-    if max(kd.kd_cache_rows, config.global_batch_size_to_load) > rows:
-        key = "kd_cache_rows" if kd.kd_cache_rows > rows else "global_batch_size_to_load"
-        value = kd.kd_cache_rows or config.global_batch_size_to_load
-        raise ConfigError(f"{key}={value}: kd_cache_path={kd.kd_cache_path} holds {rows} rows")
+    wanted = {"kd_cache_rows": kd.kd_cache_rows, "global_batch_size_to_load": config.global_batch_size_to_load}
+    for key, value in wanted.items():
+        if value > rows:
+            raise ConfigError(f"{key}={value}: kd_cache_path={kd.kd_cache_path} holds {rows} rows")
     contents = found.contents
     slots = kd.kd_top_k or contents.slots
     has_tail = contents.mode == "top_k"

@@ -14,9 +14,10 @@ with respect to z at a valid token is
 where the slope is the divergence's.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +83,27 @@ class StudentBlock:
         return jax.tree.map(lambda values: jnp.sum(jnp.where(self.is_valid, values, 0.0)), per_token)
 
 
-class LossBlock(Protocol):
-    """n tokens with all that is known of both models."""
+class LossBlock(abc.ABC):
+    """n tokens with all that is known of both models: what the visits of the logits take, and what that comes to."""
 
-    def sums(self) -> KDSums: ...
+    def sums(self) -> KDSums:
+        return self._totals(self._reduced())
 
-    def sums_and_gradient(self) -> tuple[KDSums, PerToken]: ...
+    def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
+        reduced = self._reduced()
+        return self._totals(reduced), self._gradient(reduced)
+
+    @abc.abstractmethod
+    def _reduced(self) -> Any:
+        """All that the visits before the gradient's take."""
+
+    @abc.abstractmethod
+    def _totals(self, reduced: Any) -> KDSums:
+        """Over the valid tokens."""
+
+    @abc.abstractmethod
+    def _gradient(self, reduced: Any) -> PerToken:
+        """With respect to the student's logits, in the last visit."""
 
 
 class TeacherLogits(NamedTuple):
@@ -129,7 +145,7 @@ class _Reduced(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LiveBlock:
+class LiveBlock(LossBlock):
     """n tokens with both models' logits."""
 
     student: StudentBlock
@@ -138,13 +154,6 @@ class LiveBlock:
     @property
     def _both(self) -> tuple[PerToken, PerToken]:
         return self.student.logits, self.teacher.logits
-
-    def sums(self) -> KDSums:
-        return self._totals(self._reduced())
-
-    def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
-        reduced = self._reduced()
-        return self._totals(reduced), self._gradient(reduced)
 
     def _logits(self, ids: Int[Array, "1 V"], student: PerToken, teacher: PerToken) -> Logits:
         return Logits(

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from MaxText.distill.block import Asked, StudentBlock, finite
+from MaxText.distill.block import Asked, LossBlock, StudentBlock, finite
 from MaxText.distill.divergences import Divergence, ForwardKL, Logits, PerPosition, PerToken, Scale, Sums
 from MaxText.distill.kd_loss import KDSums
 from MaxText.distill.truncation import Scalar
@@ -121,7 +121,7 @@ class StoredTeacher:
         """How many of the first token ids both models have; None where it is all."""
         return self.shared_vocabulary if 0 < self.shared_vocabulary < size else None
 
-    def block(self, rows: "StoredTeacher", student: StudentBlock) -> "DrawnBlock | LargestBlock":
+    def block(self, rows: "StoredTeacher", student: StudentBlock) -> LossBlock:
         if self.reads_outside(student.asked.divergence):
             # A number, where the walk has an array: at T = 1 the weights of cross-entropy are those of the divergence,
             # and need no second exponential.
@@ -140,18 +140,11 @@ class _Seen(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawnBlock:
+class DrawnBlock(LossBlock):
     """n tokens with the student's logits and draws from the teacher."""
 
     student: StudentBlock
     teacher: StoredTeacher
-
-    def sums(self) -> KDSums:
-        return self._totals(self._seen())
-
-    def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
-        seen = self._seen()
-        return self._totals(seen), self._gradient(seen)
 
     @property
     def _shared(self) -> int | None:
@@ -166,7 +159,7 @@ class DrawnBlock:
     def _weights(self) -> Float[Array, "n K"]:
         return jnp.exp(self.teacher.log_weights)
 
-    def _seen(self) -> _Seen:
+    def _reduced(self) -> _Seen:
         vocabulary, logits, shared = self.student.asked.vocabulary, self.student.logits, self._shared
         is_another = not self._has_one_weight
 
@@ -247,18 +240,11 @@ class _Reduced(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LargestBlock:
+class LargestBlock(LossBlock):
     """n tokens with the student's logits and the teacher's k largest."""
 
     student: StudentBlock
     teacher: StoredTeacher
-
-    def sums(self) -> KDSums:
-        return self._totals(self._reduced())
-
-    def sums_and_gradient(self) -> tuple[KDSums, PerToken]:
-        reduced = self._reduced()
-        return self._totals(reduced), self._gradient(reduced)
 
     @property
     def _size(self) -> int:

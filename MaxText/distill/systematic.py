@@ -15,7 +15,6 @@ Source: Madow and Madow, "On the Theory of Systematic Sampling" (1944).
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +45,12 @@ def systematic_draws(
         temperature: T > 0.
         vocabulary: how the last axis is laid out. The ids are the same on all its devices.
     """
-    given: dict[str, Any] = {"draws": draws, "temperature": temperature, "vocabulary": vocabulary}
-    on_cpu = functools.partial(_drawn, chunk=_narrow_chunk(logits.shape[-1]), on_cpu=True, **given)
-    elsewhere = functools.partial(_drawn, chunk=_CHUNK, on_cpu=False, **given)
-    return jax.lax.platform_dependent(logits, offsets, cpu=on_cpu, default=elsewhere)
+
+    def by(chunk: int, on_cpu: bool) -> Callable[[Array, Array], Array]:
+        return functools.partial(_drawn, draws, temperature, vocabulary, chunk, on_cpu)
+
+    on_cpu = by(_narrow_chunk(logits.shape[-1]), on_cpu=True)
+    return jax.lax.platform_dependent(logits, offsets, cpu=on_cpu, default=by(_CHUNK, on_cpu=False))
 
 
 def _narrow_chunk(tokens: int) -> int:
@@ -58,14 +59,13 @@ def _narrow_chunk(tokens: int) -> int:
 
 
 def _drawn(
-    logits: Float[Array, "n V"],
-    offsets: Float[Array, "n 1"],
-    *,
     draws: int,
     temperature: Scalar,
     vocabulary: Vocabulary,
     chunk: int,
     on_cpu: bool,
+    logits: Float[Array, "n V"],
+    offsets: Float[Array, "n 1"],
 ) -> Int[Array, "n N"]:
     maximum = vocabulary.maxima(lambda _, logits: logits, logits)
     # What is missing of the last chunk has no mass.

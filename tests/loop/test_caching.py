@@ -8,6 +8,8 @@ import dataclasses
 import os
 import random
 import shutil
+import threading
+from concurrent import futures
 from unittest import mock
 
 import caches
@@ -225,6 +227,19 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes_and_reads_no_row_aga
     assert len(read_batches) == 1 + 2  # the one that was left, and the two for evaluations
 
 
+def interrupted(folder, keys, shard):
+    """A caching that ends where it would complete this shard."""
+
+    def stop(self):
+        if self.shard.name.startswith(shard):
+            raise KeyboardInterrupt
+        return complete(self)
+
+    complete = shards.Unfinished.complete
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(shards.Unfinished, "complete", stop):
+        caches.write(folder, keys)
+
+
 def test_where_a_pipeline_cannot_go_on_in_its_middle_rows_are_read_again_and_skipped(keys, read_batches, tmp_path):
     letters.save_letters(tmp_path / "tokenizer")
     lines = ["abcdefghijklmnopqrstuvwxyz"[:length] for length in range(2, 13)]
@@ -233,20 +248,9 @@ def test_where_a_pipeline_cannot_go_on_in_its_middle_rows_are_read_again_and_ski
             "packing": "false", "tokenizer_type": "huggingface", "tokenizer_path": tmp_path / "tokenizer",
             "add_bos": "false", "kd_teacher_parameters_path": keys["kd_teacher_parameters_path"]}  # fmt: skip
     assert caches.write(tmp_path / "whole", keys)[0] == 0
-    assert (
-        len(caches.rows(tmp_path / "whole"))
-        == len(lines)
-        == len({x.inputs.tobytes() for x in caches.rows(tmp_path / "whole")})
-    )
-
-    def stop(self):
-        if self.shard.name.startswith("rows-00002"):
-            raise KeyboardInterrupt
-        return complete(self)
-
-    complete = shards.Unfinished.complete
-    with pytest.raises(KeyboardInterrupt), mock.patch.object(shards.Unfinished, "complete", stop):
-        caches.write(tmp_path / "cache", keys)
+    found = caches.rows(tmp_path / "whole")
+    assert len(found) == len(lines) == len({each.inputs.tobytes() for each in found})
+    interrupted(tmp_path / "cache", keys, "rows-00002")
     read_batches.clear()
     assert caches.write(tmp_path / "cache", keys)[0] == 0
     assert caches.files(tmp_path / "cache") == caches.files(tmp_path / "whole")
@@ -269,19 +273,46 @@ def test_packed_rows_go_on_as_they_were_packed(keys, tmp_path):
     keys = keys | {"packing": "true", "grain_train_files": file, "eval_interval": -1}
     assert caches.write(tmp_path / "whole", keys)[0] == 0
 
-    def stop(self):
-        if self.shard.name.startswith("rows-00001"):
-            raise KeyboardInterrupt
-        return complete(self)
-
-    complete = shards.Unfinished.complete
-    with pytest.raises(KeyboardInterrupt), mock.patch.object(shards.Unfinished, "complete", stop):
-        caches.write(tmp_path / "cache", keys)
+    interrupted(tmp_path / "cache", keys, "rows-00001")
     assert caches.write(tmp_path / "cache", keys)[0] == 0
     assert caches.files(tmp_path / "cache") == caches.files(tmp_path / "whole")
     found = caches.rows(tmp_path / "cache")
     assert sum(int(each.counts_at.sum()) for each in found) == sum(lengths) - len(found)  # between documents too
     assert max(int(each.segmentation.max()) for each in found) > 1
+
+
+class Standing:
+    """What a host has written, as its position tells."""
+
+    def __init__(self, batches, is_cut):
+        self.batches, self.is_cut = batches, is_cut
+
+    @property
+    def position(self):
+        return {"batches": self.batches} | ({caching.CUT: True} if self.is_cut else {})
+
+    def go_back_to(self, batches):
+        self.batches, self.is_cut = batches, False
+
+
+@pytest.mark.parametrize(
+    ("hosts", "left"), [([(5, False), (3, False)], 3), ([(4, True), (4, False)], 3), ([(4, False), (4, False)], 4)]
+)
+def test_hosts_go_on_together_behind_a_batch_that_all_have_written_whole(hosts, left, monkeypatch):
+    meeting, told = threading.Barrier(len(hosts), timeout=20), {}
+
+    def common(number, *, largest=False):
+        told[threading.get_ident()] = number
+        meeting.wait()
+        found = (max if largest else min)(told.values())
+        meeting.wait()
+        return found
+
+    monkeypatch.setattr(caching, "common", common)
+    writers = [Standing(*host) for host in hosts]
+    with futures.ThreadPoolExecutor(len(hosts)) as pool:
+        list(pool.map(caching.go_back, writers))
+    assert [writer.batches for writer in writers] == [left] * len(hosts)
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

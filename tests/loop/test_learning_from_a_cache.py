@@ -358,6 +358,7 @@ REFUSED = [
     ("drawn", {"kd_cache_verify": "true"}, "kd_cache_verify=True: .*allowed is False"),
     ("drawn", {"kd_cache_rows": ROWS + 1}, "kd_cache_rows=12: {cache} holds 11 rows"),
     ("drawn", {"per_device_batch_size": 16}, "global_batch_size_to_load=16: {cache} holds 11 rows"),
+    ("drawn", {"per_device_batch_size": 16, "kd_cache_rows": 4}, "global_batch_size_to_load=16: {cache} holds 11 rows"),
     ("drawn", {"kd_cache_path": "gs://bucket/cache"}, "kd_cache_path='gs://bucket/cache': a folder is expected"),
     ("drawn", {"kd_cache_path": "/nowhere"}, "/nowhere/manifest.json: is missing; /nowhere is no cache"),
     (

@@ -71,7 +71,7 @@ def test_a_cpu_draws_what_an_accelerator_does(vocabulary, monkeypatch):
     logits[:, rng.integers(vocabulary)] = 0.0
     arguments = jnp.asarray(logits, jnp.float32), jnp.asarray(rng.random((64, 1)), jnp.float32)
     settings = {"draws": DRAWS, "temperature": 1.0, "vocabulary": Vocabulary()}
-    elsewhere = systematic._drawn(*arguments, chunk=128, on_cpu=False, **settings)
+    elsewhere = systematic._drawn(*settings.values(), 128, False, *arguments)
     np.testing.assert_array_equal(systematic.systematic_draws(*arguments, **settings), elsewhere)
 
 

@@ -8,8 +8,6 @@ import dataclasses
 import os
 import random
 import shutil
-import threading
-from concurrent import futures
 from unittest import mock
 
 import caches
@@ -26,7 +24,7 @@ from MaxText.cache import lock, manifest, reading, row, shards
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.data import evaluation
 from MaxText.distill.targets import Targets
-from MaxText.loop import caching, verifying
+from MaxText.loop import caching, targets, verifying
 
 pytestmark = pytest.mark.e2e
 
@@ -281,40 +279,6 @@ def test_packed_rows_go_on_as_they_were_packed(keys, tmp_path):
     assert max(int(each.segmentation.max()) for each in found) > 1
 
 
-class Standing:
-    """What a host has written, as its position tells."""
-
-    def __init__(self, batches, is_cut):
-        self.batches, self.is_cut = batches, is_cut
-
-    @property
-    def position(self):
-        return {"batches": self.batches} | ({caching.CUT: True} if self.is_cut else {})
-
-    def go_back_to(self, batches):
-        self.batches, self.is_cut = batches, False
-
-
-@pytest.mark.parametrize(
-    ("hosts", "left"), [([(5, False), (3, False)], 3), ([(4, True), (4, False)], 3), ([(4, False), (4, False)], 4)]
-)
-def test_hosts_go_on_together_behind_a_batch_that_all_have_written_whole(hosts, left, monkeypatch):
-    meeting, told = threading.Barrier(len(hosts), timeout=20), {}
-
-    def common(number, *, largest=False):
-        told[threading.get_ident()] = number
-        meeting.wait()
-        found = (max if largest else min)(told.values())
-        meeting.wait()
-        return found
-
-    monkeypatch.setattr(caching, "common", common)
-    writers = [Standing(*host) for host in hosts]
-    with futures.ThreadPoolExecutor(len(hosts)) as pool:
-        list(pool.map(caching.go_back, writers))
-    assert [writer.batches for writer in writers] == [left] * len(hosts)
-
-
 # Layouts --------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = [{"ici_fsdp_parallelism": 4}, {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}]
@@ -394,6 +358,19 @@ def test_a_comparison_finds_one_number_that_is_another(change, cache, keys, tmp_
     rewritten(folder, "train", 5, change)
     status, output = caches.write(folder, keys, kd_cache_verify="true")
     assert status == 1 and "THE CACHE IS NOT WHAT ITS TEACHER SAYS" in output
+
+
+def test_where_a_rows_draws_begin_is_a_function_of_the_seed_and_of_all_its_numbers():
+    batch = {name: np.zeros((3, 5), np.int32) for name in row.TOKENS}
+    batch["inputs"][1, 4] = 1
+    offsets = np.asarray(targets.offsets_of(0, jnp.asarray(caching.row_keys(batch)), 64))
+    assert np.all((offsets >= 0) & (offsets < 1)) and len(np.unique(offsets[0])) > 60
+    np.testing.assert_array_equal(offsets[0], offsets[2])  # the same row, elsewhere in the batch
+    assert not np.any(offsets[0] == offsets[1])
+    assert not np.any(offsets == targets.offsets_of(1, jnp.asarray(caching.row_keys(batch)), 64))
+    for name in row.TOKENS:
+        other = batch | {name: batch[name] + np.eye(3, 5, dtype=np.int32)}
+        assert not np.any(caching.row_keys(other)[[0, 2]] == caching.row_keys(batch)[[0, 2]])
 
 
 def test_each_batch_comes_back_once_and_in_order_while_later_ones_are_computed():

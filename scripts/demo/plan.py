@@ -78,7 +78,7 @@ ROWS = "kd_cache_rows=2400"
 CACHE = Caching(
     "cache", "cache", STUDENT_KD.config, ("kd_cache_path=runs/demo/cache", ROWS), "MaxText/cache_teacher.py"
 )
-STUDENT_CACHED = student("student_cached", "KD student, cached", 1, "kd_cache_path=runs/demo/cache")
+STUDENT_CACHED = student("student_cached", "KD from cache", 1, "kd_cache_path=runs/demo/cache")
 RUNS = (TEACHER, STUDENT_CE, STUDENT_KD, SMALL_CE, SMALL_KD, CACHE, STUDENT_CACHED)
 
 

@@ -117,7 +117,7 @@ def main() -> None:
     same = verdict(*(results[run.name]["ce"] for run in (STUDENT_CE, STUDENT_KD, TEACHER)))
     small = verdict(*(results[run.name]["ce"] for run in (SMALL_CE, SMALL_KD, TEACHER)))
     seen = min(read["teacher"], train_rows)
-    same_title = f"Same {min(read['student_kd'], train_rows):,} rows for both students (the teacher has read {seen:,})"
+    same_title = f"Same {min(read['student_kd'], train_rows):,} rows for all students (the teacher has read {seen:,})"
     small_title = f"Small data: {small_rows} rows, read {read['small_kd'] / small_rows:.1f} times"
 
     console.print()

@@ -63,7 +63,7 @@ class Pulls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StudentBlock:
-    """n tokens with the student's logits, and what is asked of them."""
+    """n tokens with the student's logits, raw, and what is asked of them."""
 
     logits: PerToken
     targets: Int[Array, "n 1"]
@@ -109,7 +109,7 @@ class LossBlock(abc.ABC):
 class TeacherLogits(NamedTuple):
     """What a teacher that runs beside the student says of a block's tokens.
 
-    logits: raw, float32; -inf for tokens without mass, those among them that the models do not share.
+    logits: raw; -inf for tokens without mass, those among them that the models do not share.
     bound: of the kept set K; None where K is all that is shared.
     shared: how many of the first token ids both models have; None where it is all.
     """
@@ -237,8 +237,9 @@ class LiveBlock(LossBlock):
         divergence, vocabulary, _ = self.student.asked
         by_student, hard, soft = self.student.pulls(_log_z(reduced), reduced.student_total)
         ids = vocabulary.ids(self.student.logits)
-        slope = divergence.slope(self._logits(ids, *self._both), reduced.scale, reduced.sums, soft)
-        student = by_student * jnp.exp(self.student.logits - reduced.scale.student)
+        both = (logits.astype(jnp.float32) for logits in self._both)
+        slope = divergence.slope(self._logits(ids, *both), reduced.scale, reduced.sums, soft)
+        student = by_student * jnp.exp(self.student.logits - reduced.scale.student)  # float32, as the scale is
         return student - jnp.where(ids == self.student.targets, hard, 0.0) + slope
 
 

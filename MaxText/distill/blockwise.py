@@ -176,7 +176,7 @@ def _block(
         return static.pool.rows_of(array, rows, to="invarying")
 
     student = StudentBlock(
-        logits=logits.astype(jnp.float32),
+        logits=logits,
         targets=pooled(tokens.targets[:, None]),
         is_valid=static.pool.gathered(rows.are_valid, to="invarying")[:, None],
         weights=weights,

@@ -266,7 +266,7 @@ class LargestBlock(LossBlock):
         if self._is_parted:
             # Behind a barrier, or a compiler may read the logits after it has written over them, from a copy.
             logits, at_ids, at_target = jax.lax.optimization_barrier((logits, at_ids, at_target))
-            logits = vocabulary.replaced(logits, self.teacher.slots(self._size), jnp.float32(-jnp.inf))
+            logits = vocabulary.replaced(logits, self.teacher.slots(self._size), -jnp.inf)
         outside = logits
         hard, soft = self._outside(outside)
         top, total = hard

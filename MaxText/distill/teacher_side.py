@@ -76,7 +76,6 @@ class LiveTeacher:
         shared = self.shared_vocabulary if 0 < self.shared_vocabulary < size else None
         if self.top_k in (0, shared or size) and self.top_p in (0.0, 1.0):
             return TeacherLogits(logits, None, shared)
-        logits = jnp.where(logits == 0.0, 0.0, logits)  # without negative zeros, as kept_bound asks
         bound = kept_bound(logits, temperature=temperature, top_k=self.top_k, top_p=self.top_p, vocabulary=vocabulary)
         return TeacherLogits(logits, bound, shared)
 
@@ -84,8 +83,8 @@ class LiveTeacher:
 def shared_logits(
     model: Projection, rows: Float[Array, "n E"], shared_vocabulary: int, vocabulary: Vocabulary
 ) -> Float[Array, "n V"]:
-    """Raw, float32; -inf for tokens that the models do not share."""
-    logits = model.project(model.head, rows).astype(jnp.float32)
+    """Raw; -inf for tokens that the models do not share."""
+    logits = model.project(model.head, rows)
     if 0 < shared_vocabulary < vocabulary.size(logits):
         # To the loss a token that only one of the models has is one without mass.
         logits = jnp.where(vocabulary.ids(logits) < shared_vocabulary, logits, -jnp.inf)

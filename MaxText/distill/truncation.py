@@ -8,6 +8,7 @@ rounded probabilities would not do: they have ties that the logits do not have.
 Left out on purpose: top-k and top-p at once (the loss calls that an error), and any choice by the student's logits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from MaxText.distill import search
 from MaxText.distill.vocabulary import Vocabulary
 
 Scalar = float | Float[Array, ""]
@@ -92,16 +94,47 @@ def kept_bound(
 ) -> KeptBound | None:
     """`kept_set` without a sort of the vocabulary, or None where K is the whole vocabulary.
 
-    top_k is one `lax.top_k`. top_p halves the range of logits in which the nucleus ends until 64 tokens are left in it
-    at most, and takes one `lax.top_k` of those; where equal logits keep it from that, it bisects their bits.
+    Accelerators look for the bound by counting (search.py): a few visits of the vocabulary, whatever k is. CPUs are
+    faster with `lax.top_k`, once for top_k. For top_p they halve the range of logits in which the nucleus ends until 64
+    tokens are left in it at most, and put those in order; where equal logits keep them from that, they bisect bits.
 
     Args:
-        logits: float32. Of zeros the positive ones must not stand beside negative ones, which `lax.top_k` orders lower.
+        logits: float32 or bfloat16.
         temperature, top_k, top_p: as for `kept_set`.
         vocabulary: how the last axis is laid out.
     """
     if top_k in (0, vocabulary.size(logits)) and top_p in (0.0, 1.0):
         return None
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "vocabulary": vocabulary}
+    selected, counted = (functools.partial(bound, **settings) for bound in (selected_bound, counted_bound))
+    return jax.lax.platform_dependent(logits, cpu=selected, default=counted)
+
+
+def counted_bound(
+    logits: Float[Array, "n V"], *, temperature: Scalar, top_k: int, top_p: float, vocabulary: Vocabulary
+) -> KeptBound:
+    """The bound by counting, for a truncation that is one."""
+    maximum = vocabulary.maxima(lambda _, logits: logits, logits)
+
+    def weight(logits: Float[Array, "n #V"]) -> Float[Array, "n #V"]:
+        return jnp.ones_like(logits) if top_k else jnp.exp((logits - maximum) / temperature)
+
+    if top_k:
+        goal = jnp.full_like(maximum, top_k)
+    else:
+        goal = top_p * vocabulary.sums(lambda _, logits: weight(logits), logits)
+    logit, above = search.crossing(logits, weight, goal, vocabulary)
+    # Of equal logits at the bound as many as are needed. Sums in two orders round differently: one at least.
+    needed = jnp.maximum(jnp.ceil((goal - above) / weight(logit)), 1.0)
+    return KeptBound(logit, search.nth_equal(logits, logit, needed, vocabulary))
+
+
+def selected_bound(
+    logits: Float[Array, "n V"], *, temperature: Scalar, top_k: int, top_p: float, vocabulary: Vocabulary
+) -> KeptBound:
+    """The bound by selection, for a truncation that is one."""
+    logits = logits.astype(jnp.float32)
+    logits = jnp.where(logits == 0.0, 0.0, logits)  # without negative zeros, which lax.top_k orders lower
     if top_k:
         values, ids = vocabulary.top_k(logits, top_k)
         return KeptBound(values[:, -1:], ids[:, -1:])
@@ -221,7 +254,7 @@ def _bisected_bound(
         """Whether the tokens from this key upwards weigh enough."""
 
         def mass(_: Array, logits: Array) -> Array:
-            return jnp.where(_ordered_keys(logits) >= key, weight(logits), 0.0)
+            return jnp.where(search.ordered_keys(logits) >= key, weight(logits), 0.0)
 
         return vocabulary.sums(mass, in_loop(logits, key)) >= goal
 
@@ -233,9 +266,9 @@ def _bisected_bound(
     # temperature far below the logits' own rounding has left none, all below `high` are searched.
     largest, negated_smallest = vocabulary.maxima(both_ends, logits)
     is_empty = jnp.isneginf(largest)
-    above = _ordered_keys(jnp.where(is_empty, bracket.high, largest)) + 1
-    low = jnp.where(is_empty, jnp.zeros_like(above), _ordered_keys(-negated_smallest))
-    crossing = _logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, low), above))
+    above = search.ordered_keys(jnp.where(is_empty, bracket.high, largest)) + 1
+    low = jnp.where(is_empty, jnp.zeros_like(above), search.ordered_keys(-negated_smallest))
+    crossing = search.logit_of_key(_largest(reaches, jnp.where(is_settled, above - 1, low), above))
 
     def mass_and_ties(_: Array, logits: Array) -> tuple[Array, Array]:
         return jnp.where(logits > crossing, weight(logits), 0.0), jnp.where(logits == crossing, 1.0, 0.0)
@@ -270,15 +303,3 @@ def _largest(holds: Callable[[Array], Bool[Array, "n 1"]], low: Array, high: Arr
         return jnp.where(found, middle, low), jnp.where(found, high, middle)
 
     return jax.lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), halve, (low, high))[0]
-
-
-def _ordered_keys(logits: Float[Array, "n V"]) -> UInt32[Array, "n V"]:
-    """Unsigned integers in the order of the float32 logits. Signed ones would overflow when they are halved."""
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits < sign, bits | sign, ~bits)
-
-
-def _logit_of_key(keys: UInt32[Array, "n 1"]) -> Float[Array, "n 1"]:
-    sign = jnp.uint32(1 << 31)
-    return jax.lax.bitcast_convert_type(jnp.where(keys >= sign, keys ^ sign, ~keys), jnp.float32)

@@ -2,7 +2,8 @@
 
 # n positions of a block, V vocabulary (or one device's shard of it)
 
-A visit reduces several arrays that are made of the logits, and stores none of them.
+A visit reduces several arrays that are made of the logits, and stores none of them. Logits stay in the type that the
+head gave them; wherever they are read they are float32.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-# (ids "1 V", *logits "n V") -> a tree of arrays "n V", for all tokens or a chunk of them
+# (ids "1 V", *logits "n V", in float32) -> a tree of arrays "n V", for all tokens or a chunk of them
 Terms = Callable[..., PyTree[Float[Array, "n V"]]]
 
 
@@ -61,10 +62,10 @@ class Vocabulary(NamedTuple):
     def at(self, logits: Float[Array, "n V"], tokens: Int[Array, "n K"]) -> Float[Array, "n K"]:
         """The values at some token ids per position, the same on all devices."""
         if not self.axes:
-            return jnp.take_along_axis(logits, tokens, axis=-1)
+            return jnp.take_along_axis(logits, tokens, axis=-1).astype(jnp.float32)
         local = tokens - self.first(logits)
         is_here = (local >= 0) & (local < logits.shape[-1])
-        value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1)
+        value = jnp.take_along_axis(logits, jnp.where(is_here, local, 0), axis=-1).astype(jnp.float32)
         return jax.lax.psum(jnp.where(is_here, value, 0.0), self.axes)
 
     def replaced(
@@ -121,7 +122,8 @@ def _reduce(
 
     def whole(*chunk: Array, start: int | Int[Array, ""] = 0) -> PyTree[Float[Array, "n 1"]]:
         ids = first_id + start + jnp.arange(chunk[0].shape[-1], dtype=jnp.int32)[None]
-        return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), terms(ids, *chunk))
+        found = terms(ids, *(x.astype(jnp.float32) for x in chunk))
+        return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), found)
 
     rows, vocabulary = logits[0].shape
     size = max(128, CHUNK_VALUES // rows)

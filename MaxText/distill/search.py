@@ -1,0 +1,127 @@
+"""The bound of a kept set by counting: no sort, no selection, whatever k is and however many logits are equal.
+
+# n positions of a block, V vocabulary (or one device's shard of it), C chunks of S tokens
+
+The tokens from a logit upwards weigh more the lower it is. So the logit at which their weight reaches a goal is found
+by weighing at several logits in one visit of the vocabulary, and again between the two where the goal lies. Logits are
+searched by their bits: float32 has 32 of them, bfloat16 16, and equal ones are one place. What is equal at the bound is
+counted chunk by chunk, and then within one chunk.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from MaxText.distill.vocabulary import Vocabulary
+
+# Of logits, what each of them counts for.
+Weight = Callable[[Float[Array, "n #V"]], Float[Array, "n #V"]]
+
+_WAYS = 8  # parts that a visit makes of a bracket; so many sums cost what the logits cost to be read
+_CHUNK = 128  # tokens; the width of an accelerator's registers
+
+
+class _Bracket(NamedTuple):
+    """Where the bound is: the tokens from `low` upwards reach the goal, those from `high` upwards do not."""
+
+    low: UInt32[Array, "n 1"]
+    high: UInt32[Array, "n 1"]
+    above: Float[Array, "n 1"]  # what the tokens from `high` upwards weigh
+
+
+def crossing(
+    logits: Float[Array, "n V"], weight: Weight, goal: Float[Array, "n 1"], vocabulary: Vocabulary
+) -> tuple[Float[Array, "n 1"], Float[Array, "n 1"]]:
+    """The largest logit from which upwards the tokens weigh at least `goal`, and what those above it weigh.
+
+    Args:
+        logits: float32, or bfloat16, which has fewer values to search.
+        weight: at least 0, and never more for a lower logit.
+        goal: above 0, and no more than all tokens weigh together.
+        vocabulary: how the last axis is laid out.
+    """
+
+    shift = 16 if logits.dtype == jnp.bfloat16 else 0
+
+    def ends(_: Array, logits: Float[Array, "n #V"]) -> tuple[Array, Array]:
+        return logits, jnp.where(logits > -jnp.inf, -logits, -jnp.inf)
+
+    highest, negated_lowest = vocabulary.maxima(ends, logits)
+    lowest = jnp.minimum(-negated_lowest, highest)  # of the finite ones
+
+    def parted(bracket: _Bracket, keys: list[UInt32[Array, "n 1"]]) -> _Bracket:
+        """The part of the bracket in which the bound is. The keys, in ascending order, part it."""
+
+        def terms(_: Array, logits: Float[Array, "n #V"]) -> list[Array]:
+            each = weight(logits)
+            return [jnp.where(logits >= logit_of_key(key, shift), each, 0.0) for key in keys]
+
+        for key, mass in zip(keys, vocabulary.sums(terms, logits), strict=True):
+            reaches = mass >= goal
+            # The sum over all tokens, in whatever order it was taken, reaches the goal.
+            is_first_not_to = ~reaches & (key > bracket.low) & (key < bracket.high)
+            bracket = _Bracket(
+                low=jnp.where(reaches, jnp.maximum(bracket.low, key), bracket.low),
+                high=jnp.where(is_first_not_to, key, bracket.high),
+                above=jnp.where(is_first_not_to, mass, bracket.above),
+            )
+        return bracket
+
+    def narrower(bracket: _Bracket) -> _Bracket:
+        parts, rest = jnp.divmod(bracket.high - bracket.low, _WAYS)
+        return parted(bracket, [bracket.low + parts * j + rest * j // _WAYS for j in range(1, _WAYS)])
+
+    def is_wide(bracket: _Bracket) -> Bool[Array, ""]:
+        return jnp.any(bracket.high - bracket.low > 1)
+
+    none = jnp.zeros_like(highest)
+    whole = _Bracket(ordered_keys(none - jnp.inf, shift), ordered_keys(highest, shift) + 1, none)
+    # By value first: most of the keys between two logits of either sign belong to logits next to 0.
+    evenly = [lowest + (highest - lowest) * (j / _WAYS) for j in range(_WAYS)]
+    bracket = parted(whole, [ordered_keys(logit, shift) for logit in evenly])
+    bracket = jax.lax.while_loop(is_wide, narrower, bracket)
+    return logit_of_key(bracket.low, shift), bracket.above
+
+
+def nth_equal(
+    logits: Float[Array, "n V"], value: Float[Array, "n 1"], number: Float[Array, "n 1"], vocabulary: Vocabulary
+) -> Int[Array, "n 1"]:
+    """The token id of the `number`-th logit, from 1, that is equal to the value; of the last one, if they are fewer."""
+    missing = -logits.shape[-1] % _CHUNK
+    chunks = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=jnp.nan).reshape(logits.shape[0], -1, _CHUNK)
+    counts = jnp.sum(chunks == value[..., None], axis=-1, dtype=jnp.int32)
+    own = jnp.sum(counts, axis=-1, keepdims=True)
+    shards = vocabulary.shards(own)
+    shard_ends = jnp.cumsum(shards, axis=-1)
+    number = jnp.minimum(number, shard_ends[:, -1:]).astype(jnp.int32)
+    shard = _first_reaching(shard_ends, number)
+    here = number - vocabulary.own_shard(shard_ends - shards)
+    chunk_ends = jnp.cumsum(counts, axis=-1)
+    place = jnp.minimum(_first_reaching(chunk_ends, here), counts.shape[-1] - 1)
+    before = jnp.take_along_axis(chunk_ends - counts, place, axis=-1)
+    chunk = jnp.take_along_axis(chunks, place[..., None], axis=1)[:, 0]
+    within = _first_reaching(jnp.cumsum((chunk == value).astype(jnp.int32), axis=-1), here - before)
+    return vocabulary.of_shard(shard, vocabulary.first(logits) + place * _CHUNK + within)
+
+
+def _first_reaching(ends: Int[Array, "n P"], number: Int[Array, "n 1"]) -> Int[Array, "n 1"]:
+    """Of parts in a row the first that ends at the number or beyond."""
+    return jnp.sum(ends < number, axis=-1, keepdims=True, dtype=jnp.int32)
+
+
+def ordered_keys(logits: Float[Array, "n V"], shift: int = 0) -> UInt32[Array, "n V"]:
+    """Unsigned integers in the order of the logits, without the lowest `shift` bits. Signed ones would overflow when
+    they are halved."""
+    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits < sign, bits | sign, ~bits) >> shift
+
+
+def logit_of_key(keys: UInt32[Array, "n 1"], shift: int = 0) -> Float[Array, "n 1"]:
+    """The logit that has this key, and no bits among the lowest `shift`."""
+    sign = jnp.uint32(1 << 31)
+    keys = keys << shift
+    return jax.lax.bitcast_convert_type(jnp.where(keys >= sign, keys ^ sign, ~(keys | (1 << shift) - 1)), jnp.float32)

@@ -8,6 +8,7 @@ searched by their bits: float32 has 32 of them, bfloat16 16, and equal ones are 
 counted chunk by chunk, and then within one chunk.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from MaxText.distill.vocabulary import Vocabulary
 Weight = Callable[[Float[Array, "n #V"]], Float[Array, "n #V"]]
 
 _WAYS = 8  # parts that a visit makes of a bracket; so many sums cost what the logits cost to be read
-_CHUNK = 128  # tokens; the width of an accelerator's registers
+_PARTS = 32  # of a vocabulary; the first level of counting
+_CHUNK = 128  # tokens, the second level; the width of an accelerator's registers
 
 
 class _Bracket(NamedTuple):
@@ -52,14 +54,14 @@ def crossing(
     highest, negated_lowest = vocabulary.maxima(ends, logits)
     lowest = jnp.minimum(-negated_lowest, highest)  # of the finite ones
 
-    def parted(bracket: _Bracket, keys: list[UInt32[Array, "n 1"]]) -> _Bracket:
-        """The part of the bracket in which the bound is. The keys, in ascending order, part it."""
+    def terms(keys: list[UInt32[Array, "n 1"]], _: Array, logits: Float[Array, "n #V"]) -> list[Array]:
+        each = weight(logits)
+        return [jnp.where(logits >= logit_of_key(key, shift), each, 0.0) for key in keys]
 
-        def terms(_: Array, logits: Float[Array, "n #V"]) -> list[Array]:
-            each = weight(logits)
-            return [jnp.where(logits >= logit_of_key(key, shift), each, 0.0) for key in keys]
-
-        for key, mass in zip(keys, vocabulary.sums(terms, logits), strict=True):
+    def narrower(state: tuple[_Bracket, list[UInt32[Array, "n 1"]]]) -> tuple[_Bracket, list[UInt32[Array, "n 1"]]]:
+        """The part of the bracket in which the bound is, of those that the ascending keys make, and keys that part it."""
+        bracket, keys = state
+        for key, mass in zip(keys, vocabulary.sums(functools.partial(terms, keys), logits), strict=True):
             reaches = mass >= goal
             # The sum over all tokens, in whatever order it was taken, reaches the goal.
             is_first_not_to = ~reaches & (key > bracket.low) & (key < bracket.high)
@@ -68,43 +70,52 @@ def crossing(
                 high=jnp.where(is_first_not_to, key, bracket.high),
                 above=jnp.where(is_first_not_to, mass, bracket.above),
             )
-        return bracket
+        width, rest = jnp.divmod(bracket.high - bracket.low, _WAYS)
+        return bracket, [bracket.low + width * j + rest * j // _WAYS for j in range(1, _WAYS)]
 
-    def narrower(bracket: _Bracket) -> _Bracket:
-        parts, rest = jnp.divmod(bracket.high - bracket.low, _WAYS)
-        return parted(bracket, [bracket.low + parts * j + rest * j // _WAYS for j in range(1, _WAYS)])
-
-    def is_wide(bracket: _Bracket) -> Bool[Array, ""]:
-        return jnp.any(bracket.high - bracket.low > 1)
+    def is_wide(state: tuple[_Bracket, list[UInt32[Array, "n 1"]]]) -> Bool[Array, ""]:
+        return jnp.any(state[0].high - state[0].low > 1)
 
     none = jnp.zeros_like(highest)
     whole = _Bracket(ordered_keys(none - jnp.inf, shift), ordered_keys(highest, shift) + 1, none)
     # By value first: most of the keys between two logits of either sign belong to logits next to 0.
-    evenly = [lowest + (highest - lowest) * (j / _WAYS) for j in range(_WAYS)]
-    bracket = parted(whole, [ordered_keys(logit, shift) for logit in evenly])
-    bracket = jax.lax.while_loop(is_wide, narrower, bracket)
+    evenly = [lowest + (highest - lowest) * (j / (_WAYS - 1)) for j in range(_WAYS - 1)]
+    start = whole, [ordered_keys(logit, shift) for logit in evenly]
+    bracket, _ = jax.lax.while_loop(is_wide, narrower, start)
     return logit_of_key(bracket.low, shift), bracket.above
 
 
 def nth_equal(
     logits: Float[Array, "n V"], value: Float[Array, "n 1"], number: Float[Array, "n 1"], vocabulary: Vocabulary
 ) -> Int[Array, "n 1"]:
-    """The token id of the `number`-th logit, from 1, that is equal to the value; of the last one, if they are fewer."""
-    missing = -logits.shape[-1] % _CHUNK
-    chunks = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=jnp.nan).reshape(logits.shape[0], -1, _CHUNK)
-    counts = jnp.sum(chunks == value[..., None], axis=-1, dtype=jnp.int32)
-    own = jnp.sum(counts, axis=-1, keepdims=True)
-    shards = vocabulary.shards(own)
+    """The token id of the `number`-th logit, from 1, that is equal to the value; of the last one, if they are fewer.
+
+    Only a part of the logits is laid out anew, by chunks: on a TPU that of all of them would cost more than they do.
+    """
+    size = -(-logits.shape[-1] // (_PARTS * _CHUNK)) * _CHUNK
+    parts = [logits[:, start : start + size] for start in range(0, logits.shape[-1], size)]
+    counts = jnp.concatenate([jnp.sum(part == value, axis=-1, keepdims=True, dtype=jnp.int32) for part in parts], axis=-1)
+    shards = vocabulary.shards(jnp.sum(counts, axis=-1, keepdims=True))
     shard_ends = jnp.cumsum(shards, axis=-1)
     number = jnp.minimum(number, shard_ends[:, -1:]).astype(jnp.int32)
     shard = _first_reaching(shard_ends, number)
-    here = number - vocabulary.own_shard(shard_ends - shards)
-    chunk_ends = jnp.cumsum(counts, axis=-1)
-    place = jnp.minimum(_first_reaching(chunk_ends, here), counts.shape[-1] - 1)
-    before = jnp.take_along_axis(chunk_ends - counts, place, axis=-1)
-    chunk = jnp.take_along_axis(chunks, place[..., None], axis=1)[:, 0]
-    within = _first_reaching(jnp.cumsum((chunk == value).astype(jnp.int32), axis=-1), here - before)
-    return vocabulary.of_shard(shard, vocabulary.first(logits) + place * _CHUNK + within)
+    place, number = _part_of(counts, number - vocabulary.own_shard(shard_ends - shards))
+    # The last part begins early enough to be as long as the others; what it repeats is not looked at.
+    start = jnp.minimum(place * size, max(0, logits.shape[-1] - size))
+    part = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, min(size, row.shape[-1])))(logits, start[:, 0])
+    ids = start + jnp.arange(part.shape[-1], dtype=jnp.int32)
+    is_equal = jnp.pad((part == value) & (ids >= place * size), ((0, 0), (0, -part.shape[-1] % _CHUNK)))
+    chunks = is_equal.astype(jnp.int32).reshape(logits.shape[0], -1, _CHUNK)
+    chunk, number = _part_of(jnp.sum(chunks, axis=-1), number)
+    within, _ = _part_of(jnp.take_along_axis(chunks, chunk[..., None], axis=1)[:, 0], number)
+    return vocabulary.of_shard(shard, vocabulary.first(logits) + start + chunk * _CHUNK + within)
+
+
+def _part_of(counts: Int[Array, "n P"], number: Int[Array, "n 1"]) -> tuple[Int[Array, "n 1"], Int[Array, "n 1"]]:
+    """Of parts in a row that count so many each, the one that the number is in, and its number there."""
+    ends = jnp.cumsum(counts, axis=-1)
+    place = jnp.minimum(_first_reaching(ends, number), counts.shape[-1] - 1)
+    return place, number - jnp.take_along_axis(ends - counts, place, axis=-1)
 
 
 def _first_reaching(ends: Int[Array, "n P"], number: Int[Array, "n 1"]) -> Int[Array, "n 1"]:

@@ -82,7 +82,8 @@ class OutputHead(nnx.Module):
 
     def __init__(self, model: Any):
         is_tied = model.config.logits_via_embedding
-        self.config, self.mesh = model.config, model.mesh
+        # The loss reads logits as float32 wherever it reads them: as they come, they are half of that in memory.
+        self.config, self.mesh = upstream.with_settings(model.config, cast_logits_to_fp32=False), model.mesh
         self.token_embedder = model.token_embedder if is_tied else None
         self.logits_dense = None if is_tied else model.decoder.logits_dense
 
@@ -106,7 +107,8 @@ def head_of(model: nnx.Module) -> Head:
 
 
 def project(graphdef: nnx.GraphDef, arrays: nnx.State, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
-    """Logits as the decoder itself makes them of normed hidden states; of a shard of V where the arrays are of one."""
+    """Logits as the decoder itself makes them of normed hidden states, before they are cast; of a shard of V where the
+    arrays are of one."""
     return nnx.merge(graphdef, arrays)(hidden)
 
 

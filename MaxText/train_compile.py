@@ -28,6 +28,7 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
+from MaxText.chips import Chip, chip_of
 from MaxText.config import resolve
 from MaxText.config.files import CONFIGS, load_layers
 from MaxText.config.keys import ConfigError, Distillation
@@ -187,32 +188,6 @@ def refusal(message: str) -> str:
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip's memory in bytes, peak bfloat16 FLOP/s and memory bandwidth in bytes/s, over the devices jax sees."""
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-    devices: int = 1
-
-
-GIB = 2**30
-# device_kind -> chip. Sources: the tables "key specifications" of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
-CHIPS = {
-    "TPU v4": Chip("v4", 32 * GIB, 275e12, 1228e9),
-    "TPU v5 lite": Chip("v5e", 16 * GIB, 197e12, 819e9),
-    "TPU v5": Chip("v5p", 95 * GIB, 459e12, 2765e9),
-    "TPU v6 lite": Chip("v6e", 32 * GIB, 918e12, 1638e9),
-    "TPU7x": Chip("TPU7x (Ironwood)", 192 * GIB, 2307e12, 7380e9, devices=2),
-}
-
-
-def chip_of(mesh: jax.sharding.Mesh) -> Chip | None:
-    return CHIPS.get(mesh.devices.flat[0].device_kind)
 
 
 def model_flops(config: Any, teacher_config: Any | None) -> float:

@@ -13,16 +13,17 @@ ROOMS: dict[str, set[str]] = {
     "distill": set(),
     "upstream": set(),
     "console": set(),
+    "chips": set(),
     "config": {"upstream", "console"},
     "cache": {"config", "console"},
     "data": {"cache", "config", "upstream", "console"},
-    "models": {"distill", "data", "cache", "config", "upstream", "console"},
+    "models": {"chips", "distill", "data", "cache", "config", "upstream", "console"},
     "text": {"config", "upstream", "console"},
     "reports": {"config", "upstream", "console"},
     "sweeps": {"config", "upstream", "console"},
     "cluster": {"config", "upstream", "console"},
     "huggingface": {"models", "config", "upstream", "console"},
-    "loop": {"models", "distill", "data", "cache", "config", "upstream", "console"},
+    "loop": {"chips", "models", "distill", "data", "cache", "config", "upstream", "console"},
 }
 BELOW = set(ROOMS)
 ROOMS |= {

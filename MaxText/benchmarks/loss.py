@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 
 from MaxText import upstream
-from MaxText.benchmarks import programs
+from MaxText.benchmarks import liger, programs
 from MaxText.benchmarks.programs import Program, Row, Sizes, Truncation
+from MaxText.chips import chip_of
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
 from MaxText.distill.divergences import FORWARD_KL
@@ -24,7 +25,7 @@ from MaxText.distill.kd_loss import cross_entropy, kd_sums
 from MaxText.distill.projection import Projection
 from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.teacher_side import LiveTeacher
-from MaxText.models import heads
+from MaxText.models import heads, walk
 
 # N tokens, D student's width, E teacher's width, V vocabulary
 
@@ -43,7 +44,7 @@ class Shell(nnx.Module):
         self.mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
 
     def logits_from_hidden_states_for_vocab_tiling(self, hidden, deterministic, model_mode):
-        return hidden @ self.logits_dense.get_value()
+        return (hidden @ self.logits_dense.get_value()).astype(jnp.float32)
 
 
 def upstream_tiled_ce(vocabulary: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
@@ -117,22 +118,51 @@ def stored_targets(kept: Truncation, shape: tuple[int, ...], vocabulary: int) ->
     )
 
 
-def loss_inputs(tokens: int, vocabulary: int, width: int, teacher_width: int) -> tuple[jax.Array, ...]:
+def loss_inputs(
+    tokens: int, vocabulary: int, width: int, teacher_width: int, dtype: str = "float32"
+) -> tuple[jax.Array, ...]:
     """Hidden states and heads of student and teacher, and targets."""
     keys = jax.random.split(jax.random.key(0), 5)
+
+    def normal(key: jax.Array, *shape: int, spread: float = 1.0) -> jax.Array:
+        return (spread * jax.random.normal(key, shape)).astype(dtype)
+
     return (
-        jax.random.normal(keys[0], (tokens, width)),
-        jax.random.normal(keys[1], (width, vocabulary)) / math.sqrt(width),
-        jax.random.normal(keys[2], (tokens, teacher_width)),
-        jax.random.normal(keys[3], (teacher_width, vocabulary)) * (TEACHER_SPREAD / math.sqrt(teacher_width)),
+        normal(keys[0], tokens, width),
+        normal(keys[1], width, vocabulary, spread=1 / math.sqrt(width)),
+        normal(keys[2], tokens, teacher_width),
+        normal(keys[3], teacher_width, vocabulary, spread=TEACHER_SPREAD / math.sqrt(teacher_width)),
         jax.random.randint(keys[4], (tokens,), 0, vocabulary),
     )
+
+
+def block_of(sizes: Sizes, tokens: int, vocabulary: int, kept: Truncation, teacher_width: int) -> int:
+    """Tokens of a block as the trainer would take them on this device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    config = types.SimpleNamespace(logits_dot_in_fp32=False, dtype=sizes.dtype)
+    logit_bytes = heads.logit_bytes(mesh, config, programs.distillation(sizes, kept))
+    projected = walk.Heads(vocabulary, sizes.width, teacher_width, logit_bytes)
+    return walk.plan(projected, tokens, 1, chip_of(mesh), sizes.block_mib * walk.MIB).block
+
+
+def peers(sizes: Sizes, tokens: int, vocabulary: int, rounds: int) -> list[Row]:
+    """The rows of other packages that are installed; before this process takes the GPU's memory."""
+    if not rounds or not liger.is_here():
+        return []
+    shape = (tokens, vocabulary, sizes.width, sizes.teacher_width)
+    flops = programs.kd_flops(*shape)
+
+    def row(found: dict) -> Row:
+        times = {"seconds": found["seconds"], "temp_bytes": found["temp_bytes"]}
+        return Row("loss", programs.LIGER, *shape, flops=flops, block=found["chunk"], **times)
+
+    return [row(found) for found in liger.measured(*shape, rounds)]
 
 
 def loss_programs(sizes: Sizes, tokens: int, vocabulary: int) -> Iterator[Program]:
     """Each row of the loss for one shape, compiled when it is asked for."""
     shape = (tokens, vocabulary, sizes.width, sizes.teacher_width)
-    inputs = loss_inputs(*shape)
+    inputs = loss_inputs(*shape, sizes.dtype)
     student_alone = (inputs[0], inputs[1], inputs[4])
 
     def program(name: str, flops: float, loss: Callable, arguments: tuple, block: int | None = None) -> Program:
@@ -150,9 +180,9 @@ def loss_programs(sizes: Sizes, tokens: int, vocabulary: int) -> Iterator[Progra
     yield program(programs.CE_TILED, tiled, functools.partial(upstream_tiled_ce, vocabulary), student_alone)
     yield program(programs.KD_DENSE, kd, functools.partial(dense_kd, Truncation("full")), inputs)
     for kept in programs.truncations(vocabulary):
-        block = min(tokens, heads.block_tokens(vocabulary, programs.distillation(sizes, kept)))
+        block = block_of(sizes, tokens, vocabulary, kept, sizes.teacher_width)
         yield program(f"KD, blockwise, {kept.name}", kd, functools.partial(block_kd, kept, block), inputs, block)
     for kept in programs.stored(vocabulary):
-        block = min(tokens, heads.block_tokens(vocabulary, programs.distillation(sizes, kept)))
+        block = block_of(sizes, tokens, vocabulary, kept, 0)
         arguments = (*inputs[:2], stored_targets(kept, (tokens,), vocabulary), inputs[4])
         yield program(f"KD, stored, {kept.name}", ce, functools.partial(stored_kd, kept, block), arguments, block)

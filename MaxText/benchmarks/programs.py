@@ -1,7 +1,6 @@
 """What is measured: a row of the table, the program that fills it, and the FLOPs that its shapes make.
 
-Everything is computed in float32, no token is masked. Left out on purpose: more than one device, and bfloat16, which
-CPUs emulate.
+No token is masked. Left out on purpose: more than one device.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ DRAWS = 50  # kd_cache_draws
 TILES = 8  # num_vocab_tiling of upstream's cross-entropy
 
 CE_DENSE, CE_TILED, KD_DENSE = "CE, dense", f"CE, upstream's tiling by {TILES}", "KD, dense reference"
+LIGER = "Liger's fused linear JSD (beta 0) and CE"
 STEP_CE, STEP_KD = f"upstream's CE step, tiling by {TILES}", "KD step"
 STEP_STORED, CACHING = "step from a cache", "caching"
 TEACHER_LOGITS, TEACHER_HIDDEN = "teacher forward, to logits", "teacher forward, to hidden states"
@@ -28,11 +28,12 @@ TEACHER_LOGITS, TEACHER_HIDDEN = "teacher forward, to logits", "teacher forward,
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What all rows of a table have in common: widths, and the budget of a block (kd_block_mib)."""
+    """What all rows of a table have in common: widths, the ceiling of a block (kd_block_mib), what is computed in."""
 
     width: int
     teacher_width: int
     block_mib: int
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)

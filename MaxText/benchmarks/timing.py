@@ -47,8 +47,10 @@ def measure(programs: Iterator[Program], rounds: int, title: str, bar: Progress)
 
 
 def fits(row: Row) -> bool:
-    """Whether the machine has the memory to run it."""
-    return row.temp_bytes + row.output_bytes < 0.9 * psutil.virtual_memory().available
+    """Whether the device has the memory to run it."""
+    stats = jax.devices()[0].memory_stats()  # a CPU has none
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else psutil.virtual_memory().available
+    return row.temp_bytes + row.output_bytes < 0.9 * free
 
 
 def ratio(rows: Sequence[Row], bases: Sequence[Row]) -> float:

@@ -137,7 +137,7 @@ def step_programs(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folde
             continue
         changed = {"kd_top_k": kept.top_k, "kd_top_p": kept.top_p, "kd_truncation_strategy": kept.strategy}
         kd = run.kd.model_copy(update=changed)
-        block = heads.block_size(student.mesh, config, kd)
+        block = heads.walk_of(student.mesh, config, guide.config, kd).block
         row = Row("step", f"{programs.STEP_KD}, {kept.name}", *shape, flops=student_flops + teacher_flops, block=block)
         yield updating(row, train_compile.trace(config, kd, student, guide), student.state, guide.state)
 
@@ -150,7 +150,7 @@ def step_programs(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folde
             "kd_cache_mode": "top_k" if kept.top_k else "sample",
         }
         kd = run.kd.model_copy(update=changed)
-        block = heads.block_size(student.mesh, config, kd)
+        block = heads.walk_of(student.mesh, config, None, kd).block
         keyed = batch | {targets.ROW_KEY: jnp.arange(batch["targets"].shape[0], dtype=jnp.uint32)}
         with jax.set_mesh(student.mesh):
             compiled = targets.jitted(config, kd, guide, student.mesh).lower(guide.state, keyed).compile()

@@ -40,7 +40,7 @@ class KDKeys(pydantic.BaseModel):
     kd_vocab_size: int = pydantic.Field(ge=0)
     kd_mtp_alpha: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_embedding_std: float | None = pydantic.Field(gt=0, allow_inf_nan=False)
-    kd_block_mib: int = pydantic.Field(gt=0)
+    kd_block_mib: int = pydantic.Field(ge=0)
     kd_teacher_max_ce: float = pydantic.Field(ge=0, allow_inf_nan=False)
     kd_cache_path: str
     kd_cache_mode: Literal["sample", "top_k"]

@@ -59,7 +59,7 @@ def crossing(
         return [jnp.where(logits >= logit_of_key(key, shift), each, 0.0) for key in keys]
 
     def narrower(state: tuple[_Bracket, list[UInt32[Array, "n 1"]]]) -> tuple[_Bracket, list[UInt32[Array, "n 1"]]]:
-        """The part of the bracket in which the bound is, of those that the ascending keys make, and keys that part it."""
+        """The part of the bracket in which the bound is, of those that ascending keys make, and keys that part it."""
         bracket, keys = state
         for key, mass in zip(keys, vocabulary.sums(functools.partial(terms, keys), logits), strict=True):
             reaches = mass >= goal
@@ -94,7 +94,7 @@ def nth_equal(
     """
     size = -(-logits.shape[-1] // (_PARTS * _CHUNK)) * _CHUNK
     parts = [logits[:, start : start + size] for start in range(0, logits.shape[-1], size)]
-    counts = jnp.concatenate([jnp.sum(part == value, axis=-1, keepdims=True, dtype=jnp.int32) for part in parts], axis=-1)
+    counts = jnp.stack([jnp.sum(part == value, axis=-1, dtype=jnp.int32) for part in parts], axis=-1)
     shards = vocabulary.shards(jnp.sum(counts, axis=-1, keepdims=True))
     shard_ends = jnp.cumsum(shards, axis=-1)
     number = jnp.minimum(number, shard_ends[:, -1:]).astype(jnp.int32)
@@ -102,7 +102,8 @@ def nth_equal(
     place, number = _part_of(counts, number - vocabulary.own_shard(shard_ends - shards))
     # The last part begins early enough to be as long as the others; what it repeats is not looked at.
     start = jnp.minimum(place * size, max(0, logits.shape[-1] - size))
-    part = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, min(size, row.shape[-1])))(logits, start[:, 0])
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=min(size, logits.shape[-1]))
+    part = jax.vmap(cut)(logits, start[:, 0])
     ids = start + jnp.arange(part.shape[-1], dtype=jnp.int32)
     is_equal = jnp.pad((part == value) & (ids >= place * size), ((0, 0), (0, -part.shape[-1] % _CHUNK)))
     chunks = is_equal.astype(jnp.int32).reshape(logits.shape[0], -1, _CHUNK)

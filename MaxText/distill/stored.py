@@ -89,8 +89,8 @@ class StoredTeacher:
             )
         if not self.is_drawn and slots > student_vocabulary:
             raise ValueError(f"{slots} stored tokens: expected {student_vocabulary}, the vocabulary's size, at most")
-        is_known = not isinstance(temperature, jax.core.Tracer)
-        if is_known and self.reads_outside(asked.divergence) and temperature != self.temperature:
+        is_another = not isinstance(temperature, jax.core.Tracer) and temperature != self.temperature
+        if is_another and self.is_asked_at_own and self.reads_outside(asked.divergence):
             raise ValueError(
                 f"temperature={temperature}: expected {self.temperature}, that of the stored weights; another one is "
                 "known only where both models are conditioned on the stored tokens"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from MaxText.distill import search
 from MaxText.distill.vocabulary import Vocabulary
@@ -105,9 +105,11 @@ def kept_bound(
     """
     if top_k in (0, vocabulary.size(logits)) and top_p in (0.0, 1.0):
         return None
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "vocabulary": vocabulary}
-    selected, counted = (functools.partial(bound, **settings) for bound in (selected_bound, counted_bound))
-    return jax.lax.platform_dependent(logits, cpu=selected, default=counted)
+
+    def by(bound: Callable[..., KeptBound]) -> Callable[[Float[Array, "n V"]], KeptBound]:
+        return functools.partial(bound, temperature=temperature, top_k=top_k, top_p=top_p, vocabulary=vocabulary)
+
+    return jax.lax.platform_dependent(logits, cpu=by(selected_bound), default=by(counted_bound))
 
 
 def counted_bound(
@@ -119,10 +121,8 @@ def counted_bound(
     def weight(logits: Float[Array, "n #V"]) -> Float[Array, "n #V"]:
         return jnp.ones_like(logits) if top_k else jnp.exp((logits - maximum) / temperature)
 
-    if top_k:
-        goal = jnp.full_like(maximum, top_k)
-    else:
-        goal = top_p * vocabulary.sums(lambda _, logits: weight(logits), logits)
+    total = vocabulary.sums(lambda _, logits: weight(logits), logits)
+    goal = jnp.full_like(total, top_k) if top_k else top_p * total
     logit, above = search.crossing(logits, weight, goal, vocabulary)
     # Of equal logits at the bound as many as are needed. Sums in two orders round differently: one at least.
     needed = jnp.maximum(jnp.ceil((goal - above) / weight(logit)), 1.0)

@@ -11,6 +11,7 @@ from MaxText.config.resolve import Run
 from MaxText.console import readable, say
 from MaxText.data.cached import Cached
 from MaxText.models import fresh, heads
+from MaxText.models.walk import Walk
 
 
 def header(run: Run, student: Any, teacher: Any) -> None:
@@ -32,11 +33,16 @@ def header(run: Run, student: Any, teacher: Any) -> None:
         lines += targets_text(kd, student.cached)
     lines.append(("loss", loss_text(kd)))
     if kd.use_kd:
-        size = heads.block_size(student.mesh, config, kd)
-        lines.append(("", f"in blocks of {readable(size)} tokens per device (kd_block_mib {kd.kd_block_mib})"))
+        lines.append(("", walk_text(heads.walk_of(student.mesh, config, teacher and teacher.config, kd), kd)))
     lines.append(("tokens", f"{readable(tokens)} a step, {readable(tokens * left)} to go; {data_text(config)}"))
     lines.append(("devices", layout_text(student.mesh)))
     say("\n".join(f"{title:>8}  {text}" for title, text in lines))
+
+
+def walk_text(walk: Walk, kd: Distillation) -> str:
+    shared = f", which {walk.pool} devices have together" if walk.pool > 1 else ""
+    ceiling = f"kd_block_mib {kd.kd_block_mib}" if kd.kd_block_mib else "chosen for the device"
+    return f"in {walk.rounds} blocks of {readable(walk.block)} tokens per device{shared} ({ceiling})"
 
 
 def targets_text(kd: Distillation, cached: Cached) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from MaxText import upstream
 from MaxText.config.keys import Distillation
+from MaxText.distill.truncation import Scalar
 
 Schedule = Callable[[Int[Array, ""]], Any]
 
@@ -27,12 +28,18 @@ class Schedules:
     alpha: Schedule
     temperature: Schedule
 
-    def at(self, step: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """alpha and T of the optimizer's step, which counts from 0; float32."""
-        step = jnp.asarray(step, jnp.int32)  # upstream's counter is unsigned: differences of steps would wrap
-        return jnp.asarray(self.alpha(step), jnp.float32), jnp.asarray(self.temperature(step), jnp.float32)
+    def at(self, step: Int[Array, ""]) -> tuple[Float[Array, ""], Scalar]:
+        """alpha and T of the optimizer's step, which counts from 0; float32.
 
-    def before(self, step: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        A constant T is a number, which the loss makes use of.
+        """
+        step = jnp.asarray(step, jnp.int32)  # upstream's counter is unsigned: differences of steps would wrap
+        temperature = self.temperature(step)
+        if not isinstance(temperature, float):
+            temperature = jnp.asarray(temperature, jnp.float32)
+        return jnp.asarray(self.alpha(step), jnp.float32), temperature
+
+    def before(self, step: Int[Array, ""]) -> tuple[Float[Array, ""], Scalar]:
         """Those of the update that led to a state of this step; of step 0 where none has been made."""
         return self.at(jnp.maximum(jnp.asarray(step, jnp.int32) - 1, 0))
 

@@ -20,6 +20,7 @@ from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens
 from MaxText.distill.stored import StoredTeacher
+from MaxText.distill.truncation import Scalar
 from MaxText.loop import schedules
 from MaxText.models import heads, mtp
 
@@ -85,7 +86,7 @@ def train_step(
         grads = upstream.maxtext_utils.apply_gradient_clipping(raw_grads, None, config.gradient_clipping_threshold)
 
     metrics = training_metrics(models, aux["sums"])
-    metrics |= {"learning/kd_alpha": alpha, "learning/kd_temperature": temperature}
+    metrics |= {"learning/kd_alpha": alpha, "learning/kd_temperature": jnp.float32(temperature)}
     metrics["learning/grad_norm"] = upstream.max_utils.l2norm_pytree(grads)
     metrics["learning/raw_grad_norm"] = upstream.max_utils.l2norm_pytree(raw_grads)
     if config.skip_step_on_spikes:
@@ -130,7 +131,7 @@ def distillation_loss(
     data: Batch,
     is_train: bool,
     alpha: jax.Array,
-    temperature: jax.Array,
+    temperature: Scalar,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The objective of one (micro)batch and the sums it is made of.
 

@@ -55,7 +55,7 @@ def batch_targets(
     keys, mask = batch[ROW_KEY], batch["targets_segmentation"] != 0
     with logical_axis_rules(teacher.config.logical_axis_rules):
         reported = forward(model, teacher.config, batch, enable_dropout=False)
-        layout = heads.Layout(mesh, batch["targets"].shape, config.vocab_size)
+        layout = heads.Layout(mesh, batch["targets"].shape, None, teacher.config, kd)
     hidden = heads.normed_hidden_states(model, reported, enable_dropout=False)
     guide, spec = heads.projection(heads.Side(teacher.config, heads.head_of(model), hidden), layout)
     offsets = None
@@ -68,7 +68,7 @@ def batch_targets(
             heads.flat(mask),
             heads.flat(targets),
             None if offsets is None else heads.flat(offsets),
-            block_size=heads.block_tokens(layout.vocab_share, kd),
+            block_size=layout.walk.block,
             temperature=kd.kd_temperature,
             draws=kd.kd_cache_draws if kd.kd_cache_mode == "sample" else 0,
             top_k=kd.kd_top_k,

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from MaxText import upstream
+from MaxText.chips import chip_of
 from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
@@ -30,7 +31,7 @@ from MaxText.distill.kd_loss import KDSums
 from MaxText.distill.projection import Projection
 from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.teacher_side import LiveTeacher
-from MaxText.distill.truncation import Scalar
+from MaxText.models.walk import MIB, Heads, Walk, plan
 
 Guide = LiveTeacher | StoredTeacher
 
@@ -117,19 +118,21 @@ def of_no_width(head: Float[Array, "0 V"], hidden: Float[Array, "n 0"]) -> Float
     return hidden @ head
 
 
-def block_tokens(vocabulary: int, kd: Distillation) -> int:
-    """Tokens of a block whose float32 logits, in the copies that the loss holds at once, fill kd_block_mib."""
-    copies = 4 if 0 < kd.kd_top_p < 1 else 3
-    tokens = kd.kd_block_mib * 2**20 // (4 * copies * vocabulary)
-    return max(8, tokens - tokens % 128 if tokens >= 128 else tokens - tokens % 8)
+def logit_bytes(mesh: Mesh, config: Any, kd: Distillation) -> int:
+    """Bytes that a block holds at once per token and vocabulary entry: both models' logits, and the gradient.
+
+    Accelerators hold them in the type that the head computes in. XLA for CPUs casts, and selects from a copy.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return 4 * (4 if 0 < kd.kd_top_p < 1 else 3)
+    return 3 * (4 if config.logits_dot_in_fp32 else jnp.dtype(config.dtype).itemsize)
 
 
-def block_size(mesh: Mesh, config: Any, kd: Distillation) -> int:
-    """Tokens of a block in the train step: what kd_block_mib allows, at most all that a device has."""
+def walk_of(mesh: Mesh, config: Any, teacher_config: Any | None, kd: Distillation) -> Walk:
+    """How the train step's loss walks."""
     shape = (config.micro_batch_size_to_train_on, config.max_target_length)
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
-        layout = Layout(mesh, shape, config.vocab_size)
-    return min(block_tokens(layout.vocab_share, kd), math.prod(shape) // size(mesh, layout.token_axes))
+        return Layout(mesh, shape, config, teacher_config, kd).walk
 
 
 # An array of a head -> its axis that is the vocabulary's.
@@ -145,10 +148,13 @@ class Layout:
       token_axes: the mesh axes that shard tokens.
       vocab_axes: the mesh axes that shard the vocabulary; empty where it is whole on each device.
       pooled_axes: those of vocab_axes that shard the tokens too: blocks are gathered over them, heads are not.
-      vocab_share: tokens of the vocabulary that a device has logits of, per token of its own in a block.
+      walk: how the loss walks over a device's tokens.
     """
 
-    def __init__(self, mesh: Mesh, shape: tuple[int, ...], vocabulary: int):
+    def __init__(self, mesh: Mesh, shape: tuple[int, ...], student: Any | None, teacher: Any | None, kd: Distillation):
+        """`student`, `teacher`: MaxText's configurations of those models whose heads are projected, one at least."""
+        config: Any = student or teacher
+        vocabulary = config.vocab_size
         names = ("activation_embed_and_logits_batch", "activation_length")
         spec: Any = upstream.sharding.create_sharding(mesh, names).spec
         by_row, by_position = (as_tuple(entry) for entry in (*spec, None, None)[:2])
@@ -162,13 +168,15 @@ class Layout:
         self.token_axes = axes[0] + axes[1]
         split = as_tuple(first_entry(mesh, "activation_vocab"))
         tensor_axes = dividing(mesh, tuple(axis for axis in split if axis not in self.token_axes), vocabulary)
-        self.vocab_share = vocabulary // size(mesh, tensor_axes)
-        # The axes that shard a parameter's width. Gathering a head over them moves, per device, the vocabulary's rows;
-        # gathering hidden states moves the tokens' rows, of the same widths. (Reduced gradients are of one size too.)
+        share = vocabulary // size(mesh, tensor_axes)
+        # The axes that shard a parameter's width: a head is gathered over them, or its vocabulary is sharded by them.
         stored = as_tuple(first_entry(mesh, "embed"))
-        pooled = dividing(mesh, tuple(axis for axis in self.token_axes if axis in stored), self.vocab_share)
-        pooled_tokens = math.prod(shape) // size(mesh, self.token_axes) * size(mesh, pooled)
-        self.pooled_axes = pooled if pooled_tokens <= self.vocab_share else ()
+        pooled = dividing(mesh, tuple(axis for axis in self.token_axes if axis in stored), share)
+        student_width, teacher_width = (0 if model is None else model.emb_dim for model in (student, teacher))
+        heads = Heads(share, student_width, teacher_width, logit_bytes(mesh, config, kd))
+        tokens = math.prod(shape) // size(mesh, self.token_axes)
+        self.walk = plan(heads, tokens, size(mesh, pooled), chip_of(mesh), kd.kd_block_mib * MIB)
+        self.pooled_axes = pooled if self.walk.pool > 1 else ()
         self.vocab_axes = tensor_axes + self.pooled_axes
 
     def head(self, arrays: nnx.State) -> Any:
@@ -240,21 +248,23 @@ def kd_objective(
     Returns:
       The objective's sum over all valid positions, and the sums it is made of.
     """
-    layout = Layout(mesh, tokens.targets.shape, student.config.vocab_size)
+    teacher_config = teacher.config if isinstance(teacher, Side) else None
+    layout = Layout(mesh, tokens.targets.shape, student.config, teacher_config, kd)
     learner, learner_spec = projection(student, layout)
     guide, guide_spec = teachers_side(kd, student, teacher, layout)
     axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
+    changing = {name: weight for name, weight in weights._asdict().items() if isinstance(weight, Array)}
 
     def local(
-        learner: Projection, guide: Guide, tokens: Tokens, alpha: Scalar, temperature: Scalar
+        learner: Projection, guide: Guide, tokens: Tokens, changing: dict[str, Array]
     ) -> tuple[Float[Array, ""], KDSums]:
         result = blockwise_kd(
             flat_rows(learner),
             flat_guide(guide),
             Tokens(*map(flat, tokens)),
-            weights._replace(alpha=alpha, temperature=temperature),
+            weights._replace(**changing),
             divergence=FORWARD_KL[kd.kd_truncation_strategy],
-            block_size=block_tokens(layout.vocab_share, kd),
+            block_size=layout.walk.block,
             evaluation=evaluation,
             vocab_axis=layout.vocab_axes,
             pooled_axis=layout.pooled_axes,
@@ -265,10 +275,10 @@ def kd_objective(
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(learner_spec, guide_spec, layout.tokens, nowhere, nowhere),
+        in_specs=(learner_spec, guide_spec, layout.tokens, nowhere),
         out_specs=nowhere,
     )
-    return sharded(learner, guide, tokens, weights.alpha, weights.temperature)
+    return sharded(learner, guide, tokens, changing)
 
 
 def teachers_side(

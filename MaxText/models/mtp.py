@@ -22,6 +22,7 @@ from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens
 from MaxText.distill.kd_loss import KDSums
+from MaxText.distill.truncation import Scalar
 from MaxText.models import heads
 
 Batch = dict[str, jax.Array]
@@ -49,7 +50,7 @@ def loss(
     teacher: Any,
     data: Batch,
     reported: dict[str, Any],
-    temperature: Float[Array, ""],
+    temperature: Scalar,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The MTP loss, scaled as MaxText scales it, and the cross-entropy and T^2 KL in it, unscaled; nats per token.
 
@@ -92,5 +93,5 @@ def acceptance(mesh: Mesh, kd: Distillation, student: heads.Side, data: Batch, r
     depth = list(depths(data, reported, student.hidden))[student.config.mtp_eval_target_module - 1]
     drafted, ahead, tokens = depth
     drafting, model = student._replace(hidden=drafted), student._replace(hidden=ahead)
-    weights = Weights(alpha=jnp.float32(0), temperature=jnp.float32(1))
+    weights = Weights(alpha=jnp.float32(0), temperature=1.0)
     return heads.kd_objective(mesh, everything, drafting, model, tokens, weights, evaluation=True)[1]

@@ -42,7 +42,8 @@ def header(run: Run, student: Any, teacher: Any) -> None:
 def walk_text(walk: Walk, kd: Distillation) -> str:
     shared = f", which {walk.pool} devices have together" if walk.pool > 1 else ""
     ceiling = f"kd_block_mib {kd.kd_block_mib}" if kd.kd_block_mib else "chosen for the device"
-    return f"in {walk.rounds} blocks of {readable(walk.block)} tokens per device{shared} ({ceiling})"
+    blocks = "one block" if walk.rounds == 1 else f"{walk.rounds} blocks"
+    return f"in {blocks} of {readable(walk.block)} tokens per device{shared} ({ceiling})"
 
 
 def targets_text(kd: Distillation, cached: Cached) -> list[tuple[str, str]]:

@@ -93,7 +93,7 @@ def assert_table_shows(report: dict[str, Any], output: str) -> None:
         (line,) = (line for line in lines if line.startswith(f"│ {entry['name']} "))
         shown = [cell.strip() for cell in line.strip("│").split("│")]
         assert shown[1:3] == [str(entry["tokens"]), str(entry["vocabulary"])]
-        assert shown[4] == f"{sorted(entry['seconds'])[0] / 2 + sorted(entry['seconds'])[1] / 2:.3f}"
+        assert shown[4] == f"{sorted(entry['seconds'])[0] / 2 + sorted(entry['seconds'])[1] / 2:.4f}"
         assert shown[7] == f"{entry['temp_bytes'] / 2**20:.1f}"
 
 

@@ -22,6 +22,8 @@ from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.kd_loss import TRUNCATION_STRATEGIES, kd_sums
 from MaxText.distill.projection import Projection
 from MaxText.distill.teacher_side import LiveTeacher
+from MaxText.distill.truncation import counted_bound
+from MaxText.distill.vocabulary import Vocabulary
 
 N, D, E, V = 37, 16, 24, 1900
 SHARED = 1700  # of V tokens, where the models do not have all of them in common
@@ -251,6 +253,17 @@ def test_what_masked_tokens_hold_is_never_read(keep):
     assert (np.asarray(hidden_gradient)[~np.asarray(mask)] == 0).all()
     nothing = loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, mask & False, *WEIGHTS)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(nothing))
+
+
+def test_a_temperature_of_1_that_is_known_takes_half_of_the_exponentials():
+    loss = jax.value_and_grad(blockwise(block_size=8), argnums=(0, 1), has_aux=True)
+    known = jax.jit(lambda *arguments: loss(*arguments, 0.7, 1.0, 0.01))
+    traced = jax.jit(lambda temperature, *arguments: loss(*arguments, 0.7, temperature, 0.01))
+    at_1 = jnp.float32(1)
+    assert_equal(known(*problem()), traced(at_1, *problem()))
+    programs = (program.compile().as_text() for program in (known.lower(*problem()), traced.lower(at_1, *problem())))
+    fewer, more = (text.count(" exponential(") for text in programs)
+    assert 0 < fewer <= more / 2, (fewer, more)
 
 
 def test_only_as_many_blocks_are_visited_as_the_valid_tokens_fill():
@@ -505,6 +518,27 @@ def in_four_devices(check, every):
     command = [sys.executable, "-c", f"import {module}; {module}.{check.__name__}({every})"]
     process = subprocess.run(command, env=os.environ | flags | paths, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
+
+
+def check_sharded_counting(_):
+    """What accelerators do, of a vocabulary that is sharded: `platform_dependent` chooses another way on this one."""
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    _, teacher = reference.logits_of_every_scale(3, 40, 2000)
+    for logits in (jnp.asarray(teacher), jnp.asarray(teacher, jnp.bfloat16), jnp.round(jnp.asarray(teacher) / 1e3)):
+        for keep in ({"top_k": 30, "top_p": 0.0}, {"top_k": 0, "top_p": 0.9}):
+
+            def kept(logits, axes=(), keep=keep):
+                vocabulary = Vocabulary(axes)
+                bound = counted_bound(logits, temperature=2.0, vocabulary=vocabulary, **keep)
+                return bound.keeps(logits, vocabulary.ids(logits))
+
+            specs = {"in_specs": P(None, "tensor"), "out_specs": P(None, "tensor")}
+            on_four = jax.shard_map(functools.partial(kept, axes=("tensor",)), mesh=mesh, **specs)
+            np.testing.assert_array_equal(jax.jit(on_four)(logits), jax.jit(kept)(logits))
+
+
+def test_a_bound_that_is_counted_over_shards_is_that_of_the_whole_vocabulary():
+    in_four_devices(check_sharded_counting, False)
 
 
 every_layout = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,0 +1,165 @@
+"""Laws of the program that a TPU would run for the loss, as its compiler writes it: no TPU is needed, libtpu is.
+
+Figures are per token and vocabulary entry of a block; docs/design/blockwise.md has them.
+"""
+
+import contextlib
+import functools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import WITHOUT_LIBTPU
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from MaxText import upstream
+from MaxText.chips import CHIPS
+from MaxText.distill.block import Weights
+from MaxText.distill.blockwise import Tokens, blockwise_kd
+from MaxText.distill.divergences import FORWARD_KL
+from MaxText.distill.projection import Projection
+from MaxText.distill.teacher_side import LiveTeacher
+from MaxText.models.walk import Heads, plan
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed (bash setup.sh tpu)"),
+]
+
+TOKENS, VOCABULARY, D, E = 8192, 151936, 1024, 2560  # of a device: qwen3-4b teaches qwen3-0.6b
+CLOCK = 1.5e9  # of the cycles that the compiler estimates for a v5e
+SEARCH_ROUNDS = 5
+
+
+def project(head, hidden):
+    return hidden @ head.astype(hidden.dtype).T
+
+
+@functools.cache
+def program(pool, top_k=0, top_p=0.0):
+    """(optimised HLO, tokens and vocabulary entries of a device's block) for a v5e, with the planner's block."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    upstream.load_libtpu()
+    block = plan(Heads(VOCABULARY, D, E, 6), TOKENS, pool, CHIPS["TPU v5 lite"], 0).block
+    devices = upstream.topology_devices("v5e-16" if pool > 1 else "v5e-1", 1)
+    axes = ("fsdp",) if pool > 1 else ()
+
+    def loss(hidden, head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
+        return blockwise_kd(
+            Projection(hidden, head, project),
+            LiveTeacher(Projection(teacher_hidden, teacher_head, project), top_k, top_p),
+            Tokens(targets, mask),
+            Weights(alpha, temperature),
+            divergence=FORWARD_KL["renormalize"],
+            block_size=block,
+            vocab_axis=axes,
+            pooled_axis=axes,
+        )
+
+    token, nowhere = P(axes or None), P()
+    shapes = (
+        *(((TOKENS * pool, D), "bfloat16"), ((VOCABULARY, D), "float32"), ((TOKENS * pool, E), "bfloat16")),
+        *(((VOCABULARY, E), "bfloat16"), ((TOKENS * pool,), "int32"), ((TOKENS * pool,), "bool")),
+        *(((), "float32"), ((), "float32")),
+    )
+    specs = (token,) * 6 + (nowhere,) * 2
+    context = contextlib.nullcontext()
+    if pool > 1:
+        mesh = Mesh(np.array(devices[:pool]), axes)
+        loss = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=nowhere)
+        context = jax.set_mesh(mesh)
+
+    def argument(shape, dtype, spec):
+        sharding = NamedSharding(mesh, spec) if pool > 1 else SingleDeviceSharding(devices[0])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    arguments = [argument(*shape, spec) for shape, spec in zip(shapes, specs, strict=True)]
+    with context:
+        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).trace(*arguments)
+        return traced.lower().compile().as_text(), (block * pool, VOCABULARY // pool)
+
+
+def computations(text):
+    """Name -> lines."""
+    parts = re.split(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$", text, flags=re.M)[1:]
+    return {name: body.splitlines() for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def bodies(text):
+    """Lines of the walk's body, and of the loop in it, if there is one: the search for a bound."""
+    parts = computations(text)
+
+    def loops(lines):
+        return [found for line in lines for found in re.findall(r" while\(.*body=%([\w.\-]+)", line)]
+
+    def is_walk(name):
+        return any("estimated_cycles" in line and "convolution" in line for line in parts[name])
+
+    (walk,) = (name for lines in list(parts.values()) for name in loops(lines) if is_walk(name))
+    inner = loops(parts[walk]) or [
+        name
+        for line in parts[walk]
+        for branch in re.findall(r"(?:branch_computations=\{|to_apply=)%([\w.\-]+)", line)
+        for name in loops(parts.get(branch, ()))
+    ]
+    return parts[walk], [line for name in inner for line in parts[name]]
+
+
+def cycles(lines, entries):
+    """Picoseconds by the compiler's estimate."""
+    return 1e12 / CLOCK / entries * sum(int(n) for line in lines for n in re.findall(r'estimated_cycles":"(\d+)', line))
+
+
+def logit_bytes(lines, shape):
+    """Of HBM that is read and written for arrays of a block's logits; those in layout S(n) lie in faster memory.
+
+    Who reads a part of an array, as the gather at the targets does, is charged with all of it.
+    """
+    sizes = {"bf16": 2, "f32": 4}
+    pattern = rf"(bf16|f32)\[{shape[0]},{shape[1]}\](?:\{{[^}}]*\}})?"
+    held, total = {}, 0
+    for line in lines:
+        found = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)$", line)
+        if not found:
+            continue
+        name, rest = found.groups()
+        operation = re.search(r" ([\w\-]+)\((.*)", rest)
+        results = [match for match in re.finditer(pattern, rest[: operation.start()])]
+        held[name] = sum(sizes[match[1]] for match in results if "S(" not in match[0])
+        if operation[1] in ("fusion", "copy", "convolution", "reduce", "gather", "scatter"):
+            operands = re.findall(r"%([\w.\-]+)", operation[2].split("),")[0])
+            total += held[name] + sum(held.get(operand, 0) for operand in operands)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("pool", "most_bytes", "most_ps"), [(1, 22, 97.5), (16, 10, 73.5)], ids=["alone", "pooled over 16"]
+)
+def test_the_loss_reads_and_computes_no_more_than_it_must(pool, most_bytes, most_ps):
+    text, shape = program(pool)
+    walk, search = bodies(text)
+    assert not search
+    assert 6 <= logit_bytes(walk, shape) <= most_bytes
+    ideal = 1e12 * 2 * (3 * D + E) / CHIPS["TPU v5 lite"].flops
+    assert ideal < cycles(walk, shape[0] * shape[1]) <= most_ps
+
+
+@pytest.mark.parametrize("keep", [{"top_k": 64}, {"top_p": 0.9}], ids=str)
+def test_a_truncation_costs_a_few_visits_of_the_logits(keep):
+    text, shape = program(1, **keep)
+    walk, search = bodies(text)
+    assert 22 < logit_bytes(walk, shape) <= 34 and logit_bytes(search, shape) == 2
+    (full, _), entries = bodies(program(1)[0]), shape[0] * shape[1]
+    assert cycles(walk, entries) + SEARCH_ROUNDS * cycles(search, entries) <= 2 * cycles(full, entries)
+
+
+@pytest.mark.parametrize("keep", [{}, {"top_k": 64}, {"top_p": 0.9}], ids=str)
+def test_no_float32_array_of_a_block_s_logits_is_written(keep):
+    text, shape = program(1, **keep)
+    for lines in bodies(text):
+        written = [line for line in lines if re.search(rf"= \(?[^=]*f32\[{shape[0]},{shape[1]}\]", line)]
+        assert not written, written[:3]

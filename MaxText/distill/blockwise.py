@@ -147,12 +147,16 @@ def _walk(
     if static.temperature is not None:
         weights = weights._replace(temperature=static.temperature)
     blocks = valid_first(tokens.mask, n)
+    are_valid = blocks.are_valid
+    targets = jnp.where(are_valid, tokens.targets[blocks.order], 0)
+    in_turn = Tokens(*(pool.of_all(array) for array in (targets, are_valid)))
 
     def visit(i: Int[Array, ""], carry: tuple[KDSums, Projection]) -> tuple[KDSums, Projection]:
         sums, gradient = carry
         rows = blocks.rows(i, n)
         hidden = pool.rows_of(student.hidden, rows)
-        block = functools.partial(_block, static, teacher, tokens, weights, rows)
+        of_block = Tokens(*(pool.block_of(array, i, n) for array in in_turn))
+        block = functools.partial(_block, static, teacher, of_block, weights, rows)
         if differentiate:
             logits, pull_back = jax.vjp(student.project, student.head, hidden)
             block_sums, slope = block(logits).sums_and_gradient()
@@ -182,8 +186,8 @@ def _block(
 
     student = StudentBlock(
         logits=logits,
-        targets=pooled(tokens.targets[:, None]),
-        is_valid=static.pool.gathered(rows.are_valid, to="invarying")[:, None],
+        targets=tokens.targets,
+        is_valid=tokens.mask,
         weights=weights,
         asked=static.asked,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from MaxText.distill.vocabulary import Vocabulary
 
@@ -26,6 +26,11 @@ class ValidFirst(NamedTuple):
 
     order: Int[Array, "M"]
     number: Int[Array, ""]
+
+    @property
+    def are_valid(self) -> Bool[Array, "M"]:
+        """In this order: what fills the last block up is not."""
+        return jnp.arange(self.order.shape[0], dtype=jnp.int32) < self.number
 
     def blocks(self, n: int) -> Int[Array, ""]:
         return -(-self.number // n)
@@ -55,6 +60,15 @@ class Pool(NamedTuple):
             are_valid = rows.are_valid.reshape(-1, *[1] * (array.ndim - 1))
             own = jnp.where(are_valid, own, jnp.zeros((), array.dtype))
         return self.gathered(own, **how)
+
+    def of_all(self, own: Shaped[Array, "M"]) -> Shaped[Array, "G M"]:
+        """What each of the pool's devices has in the order in which blocks take it, once before the walk."""
+        return jax.lax.all_gather(own, self.axes, axis=0, to="invarying") if self.axes else own[None]
+
+    @staticmethod
+    def block_of(of_all: Shaped[Array, "G M"], i: Int[Array, ""], n: int) -> Shaped[Array, "m 1"]:
+        """The i-th block's n of each device, laid out as `gathered` does it."""
+        return jax.lax.dynamic_slice_in_dim(of_all, i * n, n, axis=1).reshape(-1, 1)
 
     def gathered(self, x: Array, **how: str) -> Array:
         """The rows of all the pool's devices; with to="invarying", marked as the same on each of them."""

@@ -19,7 +19,7 @@ import numpy as np
 from MaxText import upstream
 from MaxText.cache import decoding, manifest
 from MaxText.config.keys import ConfigError, Distillation
-from MaxText.data import tokens
+from MaxText.data import ahead, tokens
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 SPLITS = ("train", "eval")
@@ -157,12 +157,13 @@ def read_instead(config: Any, cached: Cached | None) -> Iterator[None]:
     if cached is None:
         yield
         return
-    module, shapes = upstream.grain_data_processing, upstream.maxtext_utils
+    module, shapes, loading = upstream.grain_data_processing, upstream.maxtext_utils, upstream.multihost_dataloading
     # For each row grain looks at all those that it reads ahead. They lie on this machine: two batches are enough.
-    ahead = 2 * upstream.data_processing_utils.get_local_batch_size(config)
+    buffered = 2 * upstream.data_processing_utils.get_local_batch_size(config)
     with (
-        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached, ahead)),
+        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached, buffered)),
         mock.patch.object(module, "pretrain_preprocessing_pipeline", batched),
+        mock.patch.object(loading, "MultiHostDataLoadIterator", ahead.engines_iterator()),
         # A host without a row of its own has batches of these shapes.
         mock.patch.object(shapes, "get_shaped_batch", functools.partial(shaped, cached, shapes.get_shaped_batch)),
     ):
@@ -175,7 +176,7 @@ def shaped(cached: Cached, get_shaped_batch: Callable[..., Shapes], *arguments: 
 
 def rows_of(
     cached: Cached,
-    ahead: int,
+    buffered: int,
     *files: Any,
     split: str,
     dataloading_host_index: int,
@@ -193,7 +194,7 @@ def rows_of(
         dataset=dataset,
         dataloading_host_index=dataloading_host_index,
         dataloading_host_count=dataloading_host_count,
-        grain_prefetch_buffer_size=min(grain_prefetch_buffer_size, ahead),
+        grain_prefetch_buffer_size=min(grain_prefetch_buffer_size, buffered),
         **order,
     )
 

@@ -30,7 +30,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, end_with, first_line, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import cached, coverage, faults, iterators, pipelines, tokens
+    from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, tokens
     from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -256,6 +256,7 @@ def train(
                     logical_axis_rules(config.logical_axis_rules),
                 ):
                     state, step_metrics = steps.train(state, batch)
+                ahead.begin(student.data_iterator)
             upstream.dump_hlo_once(config, student.start_step, step_number, state)
             if look is not None and step_number == student.start_step:
                 look(step_metrics["scalar"])

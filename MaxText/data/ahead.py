@@ -18,7 +18,7 @@ from MaxText import upstream
 
 
 class Ahead(grain.DatasetIterator):
-    """An iterator of grain's, whose next element a thread makes.
+    """An iterator of grain's, whose next element a thread makes from `start_prefetch` on.
 
     Args:
       reading: where the elements come from. Nothing else reads there.
@@ -36,8 +36,11 @@ class Ahead(grain.DatasetIterator):
         coming = self.coming or self.thread.submit(self.another)
         self.coming = None
         element, self.position = coming.result()
-        self.coming = self.thread.submit(self.another)
         return element
+
+    def start_prefetch(self) -> None:
+        if self.coming is None:
+            self.coming = self.thread.submit(self.another)
 
     def another(self) -> tuple[Any, Any]:
         element = self.made(next(self.reading))
@@ -61,6 +64,16 @@ class Ahead(grain.DatasetIterator):
         if self.coming is not None:
             futures.wait([self.coming])
             self.coming = None
+
+
+def begin(iterator: Any) -> None:
+    """Makes the next batch of the engine's iterator, where it is one of those that do so ahead.
+
+    To be called when a step has been dispatched: before that the thread would hold the interpreter while the loop asks
+    for it, and the step would come later.
+    """
+    if isinstance(iterator, engines_iterator()) and iterator.is_ahead:
+        iterator.local_iterator.start_prefetch()
 
 
 @functools.cache

@@ -251,15 +251,15 @@ class DrawnBlock(LossBlock):
             softened = by_soft * self._soft_weight(logits, seen.soft_maximum)
             gradient = by_student * jnp.exp(logits - seen.maximum) + _among(self._shared, ids, softened, 0.0)
         gradient = gradient - jnp.where(ids == self.student.targets, hard, 0.0)
-        lowered = -soft * self._weights
+        weights = self._weights
 
         def compared(gradient: PerToken) -> PerToken:
-            return gradient + _put(lowered, self.teacher.ids, ids, jnp.zeros((1, 1)))
+            return gradient - soft * _put(weights, self.teacher.ids, ids, jnp.zeros((1, 1)))
 
         def scalars(gradient: PerToken) -> PerToken:
-            return vocabulary.added(gradient, self.teacher.slots(vocabulary.size(logits)), lowered)
+            return vocabulary.added(gradient, self.teacher.slots(vocabulary.size(logits)), -soft * weights)
 
-        return _at_ids(lowered.shape[-1], compared, scalars, gradient)
+        return _at_ids(weights.shape[-1], compared, scalars, gradient)
 
 
 class _Outside(NamedTuple):

@@ -120,6 +120,18 @@ class StoredTeacher:
         is_used = self.ids < vocabulary.size(logits)
         return jnp.where(is_used, vocabulary.at(logits, jnp.where(is_used, self.ids, 0)), -jnp.inf)
 
+    def replaced(self, logits: PerToken, values: Float[Array, "#n K"], vocabulary: Vocabulary) -> PerToken:
+        """The logits with other values at the ids."""
+
+        def compared(logits: PerToken) -> PerToken:
+            # Behind a barrier, or each visit of what comes out would compare anew.
+            return jax.lax.optimization_barrier(_put(values, self.ids, vocabulary.ids(logits), logits))
+
+        def scalars(logits: PerToken) -> PerToken:
+            return vocabulary.replaced(logits, self.slots(vocabulary.size(logits)), values)
+
+        return _at_ids(self.ids.shape[-1], compared, scalars, logits)
+
     def shared(self, size: int) -> int | None:
         """How many of the first token ids both models have; None where it is all."""
         return self.shared_vocabulary if 0 < self.shared_vocabulary < size else None
@@ -133,8 +145,8 @@ class StoredTeacher:
         return DrawnBlock(student, rows) if self.is_drawn else LargestBlock(student, rows)
 
 
-# Slots of a position, at most, that a TPU compares with all tokens. A comparison costs it a sixtieth of the product that
-# makes the logits.
+# Slots of a position, at most, that a TPU compares with all tokens: fifty take it about as long as two products of the
+# logits' size, where fifty scalars that are written take as long as eight (docs/design/fit.md).
 _COMPARED = 128
 
 
@@ -316,7 +328,8 @@ class LargestBlock(LossBlock):
         if self._is_parted:
             # Behind a barrier, or a compiler may read the logits after it has written over them, from a copy.
             logits, at_ids, at_target = jax.lax.optimization_barrier((logits, at_ids, at_target))
-            logits = vocabulary.replaced(logits, self.teacher.slots(self._size), jnp.float32(-jnp.inf))
+            nothing = jnp.full((1, self.teacher.ids.shape[-1]), -jnp.inf)
+            logits = self.teacher.replaced(logits, nothing, vocabulary)
         outside = logits
         hard, soft = self._outside(outside)
         top, total = hard
@@ -410,7 +423,7 @@ class LargestBlock(LossBlock):
         gradient = gradient - jnp.where(ids == targets, hard, 0.0)
         at_ids = by_student * jnp.exp(reduced.at_ids - reduced.top) + slope[:, :-1]
         at_ids = at_ids - jnp.where(self.teacher.ids == targets, hard, 0.0)
-        return vocabulary.replaced(gradient, self.teacher.slots(self._size), at_ids)
+        return self.teacher.replaced(gradient, at_ids, vocabulary)
 
     def _outside_gradient(
         self, reduced: _Reduced, by_student: PerPosition, slope: PerPosition, ids: Int[Array, "1 V"]

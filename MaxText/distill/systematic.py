@@ -15,10 +15,11 @@ Source: Madow and Madow, "On the Theory of Systematic Sampling" (1944).
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from MaxText.distill.truncation import Scalar
 from MaxText.distill.vocabulary import CHUNK_VALUES, Vocabulary
@@ -28,29 +29,51 @@ from MaxText.distill.vocabulary import CHUNK_VALUES, Vocabulary
 _CHUNK = 128
 
 
+# (logits from the maximum on, weights at T), of some tokens -> a tree of arrays like them
+Terms = Callable[[Array, Array], PyTree[Array]]
+
+
+class Drawn(NamedTuple):
+    """Draws, and what the visit of the vocabulary that they are found in took besides.
+
+    ids: of the points (offset + j) / N of the cumulative distribution, ascending; a token's ids are its draws.
+    total: the sum of the weights at T, from the maximum on.
+    sums: of the terms.
+    """
+
+    ids: Int[Array, "n N"]
+    total: Float[Array, "n 1"]
+    sums: PyTree[Float[Array, "n 1"]]
+
+
 def systematic_draws(
     logits: Float[Array, "n V"],
     offsets: Float[Array, "n 1"],
+    maximum: Float[Array, "n 1"],
+    terms: Terms = lambda logits, weights: (),
     *,
     draws: int,
     temperature: Scalar,
     vocabulary: Vocabulary,
-) -> Int[Array, "n N"]:
-    """Token ids of the points (offset + j) / N of the cumulative distribution, ascending; a token's ids are its draws.
+) -> Drawn:
+    """Systematic draws from softmax(logits / T), and sums over the vocabulary.
 
     Args:
         logits: float32, at temperature 1; -inf for tokens of mass 0, and finite for one at least.
         offsets: in [0, 1); uniform, one per position. The draws are a function of these and of the logits.
+        maximum: of the logits.
+        terms: what is to be summed.
         draws: N. Static.
         temperature: T > 0.
-        vocabulary: how the last axis is laid out. The ids are the same on all its devices.
+        vocabulary: how the last axis is laid out. What is returned is the same on all its devices.
     """
 
-    def by(chunk: int, on_cpu: bool) -> Callable[[Array, Array], Array]:
-        return functools.partial(_drawn, draws, temperature, vocabulary, chunk, on_cpu)
+    def by(chunk: int, on_cpu: bool) -> Callable[[Array, Array, Array], Drawn]:
+        return functools.partial(_drawn, draws, temperature, vocabulary, terms, chunk, on_cpu)
 
     on_cpu = by(_narrow_chunk(logits.shape[-1]), on_cpu=True)
-    return jax.lax.platform_dependent(logits, offsets, cpu=on_cpu, default=by(_CHUNK, on_cpu=False))
+    elsewhere = by(_CHUNK, on_cpu=False)
+    return jax.lax.platform_dependent(logits, offsets, maximum, cpu=on_cpu, default=elsewhere)
 
 
 def _narrow_chunk(tokens: int) -> int:
@@ -62,56 +85,67 @@ def _drawn(
     draws: int,
     temperature: Scalar,
     vocabulary: Vocabulary,
+    terms: Terms,
     chunk: int,
     on_cpu: bool,
     logits: Float[Array, "n V"],
     offsets: Float[Array, "n 1"],
-) -> Int[Array, "n N"]:
-    maximum = vocabulary.maxima(lambda _, logits: logits, logits)
+    maximum: Float[Array, "n 1"],
+) -> Drawn:
     # What is missing of the last chunk has no mass.
     missing = -logits.shape[-1] % chunk
     padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     padded = padded.reshape(logits.shape[0], -1, chunk)
 
-    def weights(logits: Array) -> Array:
-        found = jnp.exp((logits - maximum[..., None]) / temperature)
+    def weights(from_maximum: Array) -> Array:
+        found = jnp.exp(from_maximum / temperature)
         # XLA for CPUs takes exponentials one by one, and several times, where they are not written.
         return jax.lax.optimization_barrier(found) if on_cpu else found
 
-    masses = _masses(padded, weights, CHUNK_VALUES if on_cpu else None)
+    def sums(logits: Array) -> tuple[Array, PyTree[Array]]:
+        from_maximum = logits - maximum[..., None]
+        found = weights(from_maximum)
+        return jax.tree.map(lambda of: jnp.sum(of, axis=-1), (found, terms(from_maximum, found)))
+
+    masses, others = _by_chunk(padded, sums, CHUNK_VALUES if on_cpu else None)
     own = jnp.sum(masses, axis=-1, keepdims=True)
     shards = vocabulary.shards(own)
     shard_ends = jnp.cumsum(shards, axis=-1)
-    points = (offsets + jnp.arange(draws, dtype=jnp.float32)) * (shard_ends[:, -1:] / draws)
+    total = shard_ends[:, -1:]
+    points = (offsets + jnp.arange(draws, dtype=jnp.float32)) * (total / draws)
     shard = _reached(shards[:, None], shard_ends[:, None], points)
     before = vocabulary.own_shard(shard_ends - shards)
 
     chunk_ends = before + jnp.cumsum(masses, axis=-1)
     place = (_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points)
-    tokens = weights(jnp.take_along_axis(padded, place[..., None], axis=1))
+    tokens = weights(jnp.take_along_axis(padded, place[..., None], axis=1) - maximum[..., None])
     start = jnp.take_along_axis(chunk_ends - masses, place, axis=-1)
     token = _reached(tokens, start[..., None] + jnp.cumsum(tokens, axis=-1), points)
-    return vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
+    ids = vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
+    return Drawn(ids, total, jax.tree.map(lambda of: vocabulary.sums(lambda _, of: of, of), others))
 
 
-def _masses(padded: Float[Array, "n C S"], weights: Callable[[Array], Array], slab: int | None) -> Float[Array, "n C"]:
-    """The mass of each chunk, in slabs of so many values at a time, which stay in a CPU's cache, if asked for."""
+def _by_chunk(
+    padded: Float[Array, "n C S"], sums: Callable[[Array], PyTree[Float[Array, "n C"]]], slab: int | None
+) -> PyTree[Float[Array, "n C"]]:
+    """The sums of each chunk, in slabs of so many values at a time, which stay in a CPU's cache, if asked for."""
     n, chunks, size = padded.shape
     per_slab = chunks if slab is None else max(1, slab // (n * size))
     slabs = chunks // per_slab
-
-    def sums(of: Array) -> Array:
-        return jnp.sum(weights(of), axis=-1)
-
     if slabs <= 1:
         return sums(padded)
     rest = chunks % per_slab
 
-    def visit(i: Array) -> Array:
+    def visit(i: Array) -> PyTree[Float[Array, "n C"]]:
         return sums(jax.lax.dynamic_slice_in_dim(padded, rest + i * per_slab, per_slab, axis=1))
 
-    others = jnp.moveaxis(jax.lax.map(visit, jnp.arange(slabs)), 0, 1).reshape(n, -1)
-    return jnp.concatenate([sums(padded[:, :rest]), others], axis=1) if rest else others
+    def in_a_row(of: Float[Array, "slabs n C"]) -> Float[Array, "n C"]:
+        return jnp.moveaxis(of, 0, 1).reshape(n, -1)
+
+    others = jax.tree.map(in_a_row, jax.lax.map(visit, jnp.arange(slabs)))
+    if not rest:
+        return others
+    return jax.tree.map(lambda *of: jnp.concatenate(of, axis=1), sums(padded[:, :rest]), others)
 
 
 def _reached(masses: Float[Array, "n #N P"], ends: Float[Array, "n #N P"], points: Float[Array, "n N"]) -> Array:

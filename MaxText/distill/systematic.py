@@ -22,11 +22,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from MaxText.distill.truncation import Scalar
-from MaxText.distill.vocabulary import CHUNK_VALUES, Vocabulary
+from MaxText.distill.vocabulary import Vocabulary
 
 # Tokens of a chunk, at most: the width of an accelerator's registers. It divides most vocabularies, so that nothing is
 # filled up.
 _CHUNK = 128
+# Values of the positions that a CPU draws for at a time.
+_ROW_VALUES = 1 << 19
 
 
 # (logits from the maximum on, weights at T), of some tokens -> a tree of arrays like them
@@ -68,17 +70,35 @@ def systematic_draws(
         vocabulary: how the last axis is laid out. What is returned is the same on all its devices.
     """
 
-    def by(chunk: int, on_cpu: bool) -> Callable[[Array, Array, Array], Drawn]:
+    def by(chunk: int, on_cpu: bool) -> Callable[..., Drawn]:
         return functools.partial(_drawn, draws, temperature, vocabulary, terms, chunk, on_cpu)
 
-    on_cpu = by(_narrow_chunk(logits.shape[-1]), on_cpu=True)
-    elsewhere = by(_CHUNK, on_cpu=False)
-    return jax.lax.platform_dependent(logits, offsets, maximum, cpu=on_cpu, default=elsewhere)
+    def by_rows(*arrays: Array) -> Drawn:
+        return _by_rows(by(_narrow_chunk(logits.shape[-1]), on_cpu=True), *arrays)
+
+    return jax.lax.platform_dependent(logits, offsets, maximum, cpu=by_rows, default=by(_CHUNK, on_cpu=False))
+
+
+def _by_rows(drawn: Callable[..., Drawn], *arrays: Array) -> Drawn:
+    """The same, some positions at a time, of which all that is computed stays in a CPU's cache."""
+    n, vocabulary = arrays[0].shape
+    size = max(8, _ROW_VALUES // vocabulary)
+    rest = n % size if n > size else n
+    first = drawn(*(array[:rest] for array in arrays)) if rest else None
+    if rest == n:
+        return first
+
+    def visit(i: Array) -> Drawn:
+        return drawn(*(jax.lax.dynamic_slice_in_dim(array, rest + i * size, size) for array in arrays))
+
+    found = jax.lax.map(visit, jnp.arange(n // size))
+    found = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), found)
+    return found if first is None else jax.tree.map(lambda *of: jnp.concatenate(of), first, found)
 
 
 def _narrow_chunk(tokens: int) -> int:
     """For a CPU: the sum over chunks and the looks at the tokens of those that points lie in then take equally long."""
-    return min(_CHUNK, 1 << max(3, (tokens // 16).bit_length() // 2))
+    return min(_CHUNK, 1 << max(3, (tokens // 8).bit_length() // 2))
 
 
 def _drawn(
@@ -97,17 +117,19 @@ def _drawn(
     padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     padded = padded.reshape(logits.shape[0], -1, chunk)
 
+    def written(array: Array) -> Array:
+        """XLA for CPUs computes anew, and number by number, what several uses have in common and is not written."""
+        return jax.lax.optimization_barrier(array) if on_cpu else array
+
     def weights(from_maximum: Array) -> Array:
-        found = jnp.exp(from_maximum / temperature)
-        # XLA for CPUs takes exponentials one by one, and several times, where they are not written.
-        return jax.lax.optimization_barrier(found) if on_cpu else found
+        return written(jnp.exp(from_maximum / temperature))
 
     def sums(logits: Array) -> tuple[Array, PyTree[Array]]:
         from_maximum = logits - maximum[..., None]
         found = weights(from_maximum)
         return jax.tree.map(lambda of: jnp.sum(of, axis=-1), (found, terms(from_maximum, found)))
 
-    masses, others = _by_chunk(padded, sums, CHUNK_VALUES if on_cpu else None)
+    masses, others = sums(padded)
     own = jnp.sum(masses, axis=-1, keepdims=True)
     shards = vocabulary.shards(own)
     shard_ends = jnp.cumsum(shards, axis=-1)
@@ -116,36 +138,18 @@ def _drawn(
     shard = _reached(shards[:, None], shard_ends[:, None], points)
     before = vocabulary.own_shard(shard_ends - shards)
 
-    chunk_ends = before + jnp.cumsum(masses, axis=-1)
-    place = (_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points)
-    tokens = weights(jnp.take_along_axis(padded, place[..., None], axis=1) - maximum[..., None])
+    chunk_ends = written(before + jnp.cumsum(masses, axis=-1))
+    place = written((_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points))
+    tokens = weights(written(jnp.take_along_axis(padded, place[..., None], axis=1)) - maximum[..., None])
     start = jnp.take_along_axis(chunk_ends - masses, place, axis=-1)
-    token = _reached(tokens, start[..., None] + jnp.cumsum(tokens, axis=-1), points)
+    token = _reached(tokens, start[..., None] + (_summed if on_cpu else jnp.cumsum)(tokens, axis=-1), points)
     ids = vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
     return Drawn(ids, total, jax.tree.map(lambda of: vocabulary.sums(lambda _, of: of, of), others))
 
 
-def _by_chunk(
-    padded: Float[Array, "n C S"], sums: Callable[[Array], PyTree[Float[Array, "n C"]]], slab: int | None
-) -> PyTree[Float[Array, "n C"]]:
-    """The sums of each chunk, in slabs of so many values at a time, which stay in a CPU's cache, if asked for."""
-    n, chunks, size = padded.shape
-    per_slab = chunks if slab is None else max(1, slab // (n * size))
-    slabs = chunks // per_slab
-    if slabs <= 1:
-        return sums(padded)
-    rest = chunks % per_slab
-
-    def visit(i: Array) -> PyTree[Float[Array, "n C"]]:
-        return sums(jax.lax.dynamic_slice_in_dim(padded, rest + i * per_slab, per_slab, axis=1))
-
-    def in_a_row(of: Float[Array, "slabs n C"]) -> Float[Array, "n C"]:
-        return jnp.moveaxis(of, 0, 1).reshape(n, -1)
-
-    others = jax.tree.map(in_a_row, jax.lax.map(visit, jnp.arange(slabs)))
-    if not rest:
-        return others
-    return jax.tree.map(lambda *of: jnp.concatenate(of, axis=1), sums(padded[:, :rest]), others)
+def _summed(masses: Float[Array, "n N S"], axis: int) -> Float[Array, "n N S"]:
+    """Cumulative sums by a product: a CPU multiplies faster than it adds up."""
+    return masses @ jnp.triu(jnp.ones((masses.shape[axis],) * 2))
 
 
 def _reached(masses: Float[Array, "n #N P"], ends: Float[Array, "n #N P"], points: Float[Array, "n N"]) -> Array:

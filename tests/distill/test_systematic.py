@@ -65,7 +65,7 @@ def test_draws_are_the_points_of_the_cumulative_distribution():
 
 @pytest.mark.parametrize("vocabulary", (1, 130, 5000))
 def test_a_cpu_draws_what_an_accelerator_does(vocabulary, monkeypatch):
-    monkeypatch.setattr(systematic, "CHUNK_VALUES", 64 * 900)
+    monkeypatch.setattr(systematic, "_ROW_VALUES", 12 * vocabulary)  # 64 are five times 12, and 4
     rng = np.random.default_rng(vocabulary)
     # Masses of 0 and 1, whose sums are exact in any order; chunks without mass among them.
     logits = np.where(rng.random((64, vocabulary)) < 0.02, 0.0, -np.inf)

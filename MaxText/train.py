@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     kd = cached.learned_from(kd, stored)
     for warning in kd.warnings():
         say(f"warning: {warning}")
-    if stored is None and (warning := pipelines.taken_for_padding(config)):
+    if warning := pipelines.taken_for_padding(config) if stored is None else cached.evaluated_on_less(config, stored):
         say(f"warning: {warning}")
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")

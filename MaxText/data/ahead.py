@@ -80,8 +80,9 @@ def begin(iterator: Any) -> None:
 def engines_iterator() -> Any:
     """In the place of the engine's `MultiHostDataLoadIterator`: the same, of batches that have been placed."""
     loading = upstream.multihost_dataloading
+    iterator: Any = loading.MultiHostDataLoadIterator
 
-    class Placed(loading.MultiHostDataLoadIterator):
+    class Placed(iterator):
         def __init__(self, batches: Any, mesh: Any, made_up: bool = False, expansion_loading_factor_for_grain: int = 1):
             self.is_ahead = isinstance(batches, grain.IterDataset) and not made_up
             self.is_ahead &= expansion_loading_factor_for_grain <= 1

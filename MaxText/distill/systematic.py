@@ -83,17 +83,18 @@ def _by_rows(drawn: Callable[..., Drawn], *arrays: Array) -> Drawn:
     """The same, some positions at a time, of which all that is computed stays in a CPU's cache."""
     n, vocabulary = arrays[0].shape
     size = max(8, _ROW_VALUES // vocabulary)
-    rest = n % size if n > size else n
-    first = drawn(*(array[:rest] for array in arrays)) if rest else None
-    if rest == n:
-        return first
+    if n <= size:
+        return drawn(*arrays)
+    rest = n % size
 
     def visit(i: Array) -> Drawn:
         return drawn(*(jax.lax.dynamic_slice_in_dim(array, rest + i * size, size) for array in arrays))
 
     found = jax.lax.map(visit, jnp.arange(n // size))
     found = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), found)
-    return found if first is None else jax.tree.map(lambda *of: jnp.concatenate(of), first, found)
+    if not rest:
+        return found
+    return jax.tree.map(lambda *of: jnp.concatenate(of), drawn(*(array[:rest] for array in arrays)), found)
 
 
 def _narrow_chunk(tokens: int) -> int:

@@ -145,8 +145,8 @@ class StoredTeacher:
         return DrawnBlock(student, rows) if self.is_drawn else LargestBlock(student, rows)
 
 
-# Slots of a position, at most, that a TPU compares with all tokens: fifty take it about as long as two products of the
-# logits' size, where fifty scalars that are written take as long as eight (docs/design/fit.md).
+# Slots of a position, at most, that a TPU compares with all tokens: fifty take it as long as two or three products of
+# the logits' size, fifty scalars that are written as long as eight (docs/design/fit.md).
 _COMPARED = 128
 
 

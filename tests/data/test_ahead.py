@@ -82,8 +82,9 @@ def test_what_is_wrong_with_one_is_said_when_it_is_asked_for():
 
 
 def test_closed_it_leaves_no_thread():
-    before = threading.active_count()
     iterator = numbers()
     taken(iterator, 2)
+    (thread,) = iterator.thread._threads
+    assert thread.is_alive()
     iterator.close()
-    assert threading.active_count() == before
+    assert not thread.is_alive()

@@ -22,6 +22,7 @@ from conftest import execute
 
 from MaxText.cache import lock, manifest, quantiser, reading, row, shards
 from MaxText.config.keys import ConfigError, Distillation
+from MaxText.console import RunError
 from MaxText.data import evaluation
 from MaxText.distill.targets import Targets
 from MaxText.loop import caching, targets, verifying
@@ -398,6 +399,14 @@ def test_a_comparison_finds_one_number_that_is_another(change, cache, keys, tmp_
     rewritten(folder, "train", 5, change)
     status, output = caches.write(folder, keys, kd_cache_verify="true")
     assert status == 1 and "THE CACHE IS NOT WHAT ITS TEACHER SAYS" in output
+
+
+def test_a_host_whose_own_files_are_sound_does_not_go_on_where_another_found_damage(tmp_path, monkeypatch):
+    folder = teacher_rows.cache(tmp_path / "cache", teacher_rows.some(4))
+    assert verifying.sound(folder) == manifest.read(folder)
+    monkeypatch.setattr(evaluation, "any_host", lambda has: True)
+    with pytest.raises(RunError, match=f"{folder}: is damaged; another process names the file"):
+        verifying.sound(folder)
 
 
 def test_where_a_rows_draws_begin_is_a_function_of_the_seed_and_of_all_its_numbers():

@@ -30,7 +30,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, end_with, first_line, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import cached, coverage, faults, iterators, pipelines, tokens
+    from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, tokens
     from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     kd = cached.learned_from(kd, stored)
     for warning in kd.warnings():
         say(f"warning: {warning}")
-    if stored is None and (warning := pipelines.taken_for_padding(config)):
+    if warning := pipelines.taken_for_padding(config) if stored is None else cached.evaluated_on_less(config, stored):
         say(f"warning: {warning}")
     if not kd.use_kd and (option := upstream.needs_own_loop(config)):
         say(f"{option} is set: MaxText's own loop runs this, with its own console and metrics")
@@ -256,6 +256,7 @@ def train(
                     logical_axis_rules(config.logical_axis_rules),
                 ):
                     state, step_metrics = steps.train(state, batch)
+                ahead.begin(student.data_iterator)
             upstream.dump_hlo_once(config, student.start_step, step_number, state)
             if look is not None and step_number == student.start_step:
                 look(step_metrics["scalar"])

@@ -97,8 +97,10 @@ def in_order(numbers: Integers, sizes: Integers) -> Integers:
     """Lists after each other, each sorted."""
     if len(sizes) and (sizes == sizes[0]).all():  # mode top_k: several times as fast
         return np.sort(numbers.reshape(len(sizes), sizes[0]), axis=1).reshape(-1)
-    at = np.repeat(np.arange(len(sizes)) * frame.WORD, sizes)  # keeps the numbers of a list together
-    return np.sort(at + numbers) - at
+    beyond = int(numbers.max(initial=0)) + 1
+    at = np.repeat(np.arange(len(sizes)) * beyond, sizes)  # keeps the numbers of a list together
+    kind = np.uint32 if len(sizes) * beyond <= 2**32 else np.int64  # the narrower are sorted in half the time
+    return np.sort((at + numbers).astype(kind)).astype(np.int64) - at
 
 
 def firsts(sizes: Integers) -> Integers:
@@ -121,7 +123,7 @@ def decode(record: bytes) -> Row:
     """
     mode, number, sections = opened(record)
     *packed, prob_low, prob_high, entropy_low, entropy_high = sections
-    structure, table, frequency, inputs, ids, *teacher = map(unpack, packed[0::2], packed[1::2])
+    structure, table, frequency, inputs, ids, *teacher = unpack(list(zip(packed[0::2], packed[1::2], strict=True)))
     table = np.cumsum(table + 1) - 1
     by_number = table[by_frequency(frequency)]
     tokens = dict(zip(TOKENS, frame.restored(structure, by_number[inputs]), strict=True))

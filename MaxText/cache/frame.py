@@ -57,6 +57,9 @@ class Stored:
         return np.repeat(values, lengths)
 
     def array(self, foreseen: Integers) -> Integers:
+        if self.numbers[self.place] == 1 and self.numbers[self.place + 2] == 0:  # all is as it is foreseen
+            self.take(4)
+            return foreseen
         differs = self.repeated().astype(bool)
         found = foreseen.copy()
         found[differs] = self.repeated()

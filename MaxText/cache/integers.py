@@ -6,7 +6,9 @@ them. Together that is within a few percent of the entropy of gaps between ids. 
 numbers at once. Left out on purpose: arithmetic coding, whose decoder is a loop over numbers.
 """
 
+import itertools
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,11 @@ Integers = NDArray[np.int64]
 
 # Bytes after the last, so that a number's bits can be read as part of a word of 8 bytes.
 MARGIN = 8
+
+# Of a number of 0 to 32 bits, how many are stored, what they may be, and the highest one, which is not stored.
+WIDTHS = np.maximum(np.arange(33), 1) - 1
+LOW = (1 << WIDTHS).astype(np.uint64) - np.uint64(1)
+HIGHEST = np.where(np.arange(33) > 0, 1 << WIDTHS, 0).astype(np.uint64)
 
 
 def pack(numbers: Integers) -> tuple[bytes, bytes]:
@@ -31,17 +38,24 @@ def pack(numbers: Integers) -> tuple[bytes, bytes]:
     return deflate(sizes.astype(np.uint8).tobytes()), words.astype("<u4").tobytes()[: -(-total // 8)]
 
 
-def unpack(sizes: bytes, bits: bytes) -> Integers:
-    """The numbers that `pack` made these of."""
-    lengths = np.frombuffer(inflate(sizes), np.uint8).astype(np.int64)
-    widths = np.maximum(lengths, 1) - 1
+def unpack(packed: Sequence[tuple[bytes, bytes]]) -> list[Integers]:
+    """The lists of numbers that `pack` made these of; all at once, for a short list takes as long as a long one."""
+    sizes = [inflate(each) for each, _ in packed]
+    lengths = np.frombuffer(b"".join(sizes), np.uint8)
+    buffer = b"".join([bits for _, bits in packed]) + bytes(MARGIN)
+    widths = WIDTHS[lengths]
     starts = np.cumsum(widths) - widths
-    buffer = bits + bytes(MARGIN)
-    words = np.ndarray((len(bits) + 1,), "<u8", buffer, strides=(1,))  # the word that begins at each byte
-    highest = (lengths > 0).astype(np.uint64) << widths.astype(np.uint64)
-    found = words[starts >> 3] >> (starts & 7).astype(np.uint64)
-    mask = (np.uint64(1) << widths.astype(np.uint64)) - np.uint64(1)
-    return (found & mask | highest).astype(np.int64)
+    ends = list(itertools.accumulate(map(len, sizes), initial=0))
+    at = 0  # the byte at which a list begins
+    for first, last, (_, bits) in zip(ends, ends[1:], packed, strict=False):
+        if first < last:
+            starts[first:last] += 8 * at - starts[first]
+        at += len(bits)
+    words = np.ndarray((at + 1,), "<u8", buffer, strides=(1,))  # the word that begins at each byte
+    found = words[starts >> 3] >> (starts & 7).view(np.uint64)
+    found &= LOW[lengths]
+    found |= HIGHEST[lengths]
+    return [found[first:last].view(np.int64) for first, last in itertools.pairwise(ends)]
 
 
 def bit_lengths(numbers: Integers) -> Integers:

@@ -124,6 +124,14 @@ def finish(folder: Path, split: str, shards: list[Shard]) -> Manifest:
     return manifest
 
 
+def reopen(folder: Path, split: str) -> None:
+    """Says that a split is no longer whole: by one process, before files that the manifest names are given up."""
+    before = read(folder)
+    if split in before.splits:
+        others = {name: of for name, of in before.splits.items() if name != split}
+        write(folder, before.model_copy(update={"splits": others}))
+
+
 def write(folder: Path, manifest: Manifest) -> None:
     try:
         write_whole(folder / NAME, manifest.model_dump(mode="json"))
@@ -206,8 +214,8 @@ def check(folder: Path, split: str) -> Manifest:
     return manifest
 
 
-def verify_checksums(folder: Path) -> Manifest:
-    """Reads every byte of the cache.
+def verify_checksums(folder: Path, host: int = 0, hosts: int = 1) -> Manifest:
+    """Reads every byte of the cache; of several hosts each reads its own files.
 
     Raises:
       ConfigError: as `check`.
@@ -215,7 +223,7 @@ def verify_checksums(folder: Path) -> Manifest:
     """
     manifest = read(folder)
     for split in manifest.splits:
-        for shard in check(folder, split).splits[split].shards:
+        for shard in check(folder, split).splits[split].shards[host::hosts]:
             file = folder / split / shard.name
             if sha256(file) != shard.sha256:
                 raise RunError(f"{file}: is damaged, its SHA-256 is not that of {folder / NAME}")

@@ -19,7 +19,7 @@ import numpy as np
 from MaxText import upstream
 from MaxText.cache import decoding, manifest
 from MaxText.config.keys import ConfigError, Distillation
-from MaxText.data import tokens
+from MaxText.data import ahead, tokens
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 SPLITS = ("train", "eval")
@@ -37,6 +37,7 @@ class Cached:
       has_tail: whether a batch tells the mass of the others.
       vocabulary: the student's.
       rows: of the training data, how many are read; 0: all.
+      files: of each split that is read, by name, the SHA-256 of each; None for shapes without values.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Cached:
     has_tail: bool
     vocabulary: int
     rows: int = 0
+    files: dict[str, dict[str, str]] | None = None
 
     def beside(self, batch: Shapes) -> Shapes:
         """The shapes of a batch, with those of the targets in it."""
@@ -86,7 +88,9 @@ def find(config: Any, kd: Distillation) -> Cached | None:
         return None
     folder = Path(kd.kd_cache_path)
     splits = SPLITS if config.eval_interval > 0 else SPLITS[:1]
-    found = {split: manifest.check(folder, split) for split in splits}["train"]
+    checked = {split: manifest.check(folder, split).splits[split] for split in splits}
+    files = {split: {shard.name: shard.sha256 for shard in of.shards} for split, of in checked.items()}
+    found = manifest.read(folder)
     check_fits(config, kd, found.contents)
     rows = found.splits["train"].rows
     wanted = {"kd_cache_rows": kd.kd_cache_rows, "global_batch_size_to_load": config.global_batch_size_to_load}
@@ -96,7 +100,20 @@ def find(config: Any, kd: Distillation) -> Cached | None:
     contents = found.contents
     slots = kd.kd_top_k or contents.slots
     has_tail = contents.mode == "top_k"
-    return Cached(folder, contents, contents.temperature, slots, has_tail, config.vocab_size, kd.kd_cache_rows)
+    return Cached(folder, contents, contents.temperature, slots, has_tail, config.vocab_size, kd.kd_cache_rows, files)
+
+
+def evaluated_on_less(config: Any, cached: Cached | None) -> str:
+    """A warning where evaluations ask for more rows than the cache holds, or "": its own run may have read fewer."""
+    if cached is None or cached.contents is None or config.eval_interval <= 0:
+        return ""
+    wanted = config.eval_steps * config.global_batch_size_to_load_eval
+    held = manifest.read(cached.folder).splits["eval"].rows
+    if wanted <= held:
+        return ""
+    return (
+        f"eval_steps={config.eval_steps}: {wanted:,} rows are asked for, {cached.folder} holds {held:,} for evaluations"
+    )
 
 
 def learned_from(kd: Distillation, cached: Cached | None) -> Distillation:
@@ -157,12 +174,13 @@ def read_instead(config: Any, cached: Cached | None) -> Iterator[None]:
     if cached is None:
         yield
         return
-    module, shapes = upstream.grain_data_processing, upstream.maxtext_utils
+    module, shapes, loading = upstream.grain_data_processing, upstream.maxtext_utils, upstream.multihost_dataloading
     # For each row grain looks at all those that it reads ahead. They lie on this machine: two batches are enough.
-    ahead = 2 * upstream.data_processing_utils.get_local_batch_size(config)
+    buffered = 2 * upstream.data_processing_utils.get_local_batch_size(config)
     with (
-        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached, ahead)),
+        mock.patch.object(module, "get_datasets", functools.partial(rows_of, cached, buffered)),
         mock.patch.object(module, "pretrain_preprocessing_pipeline", batched),
+        mock.patch.object(loading, "MultiHostDataLoadIterator", ahead.engines_iterator()),
         # A host without a row of its own has batches of these shapes.
         mock.patch.object(shapes, "get_shaped_batch", functools.partial(shaped, cached, shapes.get_shaped_batch)),
     ):
@@ -175,7 +193,7 @@ def shaped(cached: Cached, get_shaped_batch: Callable[..., Shapes], *arguments: 
 
 def rows_of(
     cached: Cached,
-    ahead: int,
+    buffered: int,
     *files: Any,
     split: str,
     dataloading_host_index: int,
@@ -193,7 +211,7 @@ def rows_of(
         dataset=dataset,
         dataloading_host_index=dataloading_host_index,
         dataloading_host_count=dataloading_host_count,
-        grain_prefetch_buffer_size=min(grain_prefetch_buffer_size, ahead),
+        grain_prefetch_buffer_size=min(grain_prefetch_buffer_size, buffered),
         **order,
     )
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from MaxText import upstream
 
-# Names, below the deepest folder that holds them all, -> bytes; None where only the bucket could tell.
-Files = dict[str, int | None]
+# Names, below the deepest folder that holds them all, -> bytes; None where only the bucket could tell. Of a cache,
+# which may be made anew with files as large, it is the SHA-256.
+Files = dict[str, int | str | None]
 
 
 def listed(config: Any) -> dict[str, Files]:
@@ -79,4 +80,7 @@ def differences(before: dict[str, Files], now: dict[str, Files]) -> list[str]:
 
 
 def described(files: Files, name: str) -> str:
-    return f"{files[name]} bytes" if name in files else "not there"
+    if name not in files:
+        return "not there"
+    found = files[name]
+    return f"SHA-256 {found[:16]}" if isinstance(found, str) else f"{found} bytes"

@@ -10,7 +10,10 @@ outside. The visits, maxima, sums and gradient, read that alone. The gradient at
 at the end.
 
 Of draws nothing is outside. Their KL is a cross-entropy with several targets: the visits read all logits, and the
-gradient at the drawn tokens is lowered at the end. A TPU writes scalars into an array slowly: this writes them once.
+gradient at the drawn tokens is lowered at the end.
+
+A TPU reads and writes single scalars of an array slowly, sorts their places and lays the array out anew. There each
+token of the vocabulary is compared with each slot, in the visits that read the logits anyway.
 
 Where there are two parts, log-sum-exps of the whole vocabulary are added up from both. Never is one taken from another:
 that would cancel.
@@ -117,6 +120,18 @@ class StoredTeacher:
         is_used = self.ids < vocabulary.size(logits)
         return jnp.where(is_used, vocabulary.at(logits, jnp.where(is_used, self.ids, 0)), -jnp.inf)
 
+    def replaced(self, logits: PerToken, values: Float[Array, "#n K"], vocabulary: Vocabulary) -> PerToken:
+        """The logits with other values at the ids."""
+
+        def compared(logits: PerToken) -> PerToken:
+            # Behind a barrier, or each visit of what comes out would compare anew.
+            return jax.lax.optimization_barrier(_put(values, self.ids, vocabulary.ids(logits), logits))
+
+        def scalars(logits: PerToken) -> PerToken:
+            return vocabulary.replaced(logits, self.slots(vocabulary.size(logits)), values)
+
+        return _at_ids(self.ids.shape[-1], compared, scalars, logits)
+
     def shared(self, size: int) -> int | None:
         """How many of the first token ids both models have; None where it is all."""
         return self.shared_vocabulary if 0 < self.shared_vocabulary < size else None
@@ -128,6 +143,28 @@ class StoredTeacher:
             weights = student.weights._replace(temperature=self.temperature)
             student = dataclasses.replace(student, weights=weights)
         return DrawnBlock(student, rows) if self.is_drawn else LargestBlock(student, rows)
+
+
+# Slots of a position, at most, that a TPU compares with all tokens: fifty take it as long as two or three products of
+# the logits' size, fifty scalars that are written as long as eight (docs/design/fit.md).
+_COMPARED = 128
+
+
+def _at_ids(slots: int, compared: Callable[..., Array], scalars: Callable[..., Array], *arrays: Array) -> Array:
+    """What is the same: `compared` visits the vocabulary, `scalars` reads or writes single ones."""
+    if slots > _COMPARED:
+        return scalars(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=compared, default=scalars)
+
+
+def _put(
+    values: Float[Array, "#n K"], at: Int[Array, "n K"], ids: Int[Array, "1 V"], otherwise: Float[Array, "#n #V"]
+) -> PerToken:
+    """The values of the tokens that stand in a slot, and of the others what is there otherwise."""
+    found = otherwise
+    for slot in range(at.shape[-1]):
+        found = jnp.where(at[:, slot : slot + 1] == ids, values[:, slot : slot + 1], found)
+    return found
 
 
 class _Seen(NamedTuple):
@@ -180,12 +217,11 @@ class DrawnBlock(LossBlock):
 
     def _totals(self, seen: _Seen) -> KDSums:
         teacher, asked, logits = self.teacher, self.student.asked, self.student.logits
-        at_ids = (teacher.logits_at_ids(logits, asked.vocabulary) - seen.soft_maximum) / teacher.temperature
-        log_q = at_ids - jnp.log(seen.soft_total)
-        # Tokens that were not drawn weigh nothing, also where the student's weight is 0.
-        cross = jnp.where(teacher.log_weights > -jnp.inf, self._weights * log_q, 0.0)
+        # Of all weights together, which are 1 but for rounding.
+        cross = self._cross(seen.soft_maximum) / teacher.temperature
+        cross -= jnp.log(seen.soft_total) * jnp.sum(self._weights, axis=-1, keepdims=True)
         # The draws know the cross term alone; the entropy is that of what they were drawn from.
-        value = -jnp.sum(cross, axis=-1, keepdims=True) - teacher.entropy[:, None]
+        value = -cross - teacher.entropy[:, None]
         kd = teacher.temperature**2 * value
         names = teacher.known_sums(asked.vocabulary.size(logits), asked)
         per_token = KDSums(
@@ -198,6 +234,24 @@ class DrawnBlock(LossBlock):
         )
         return self.student.summed(per_token)
 
+    def _cross(self, maximum: PerPosition) -> PerPosition:
+        """The sum of the drawn tokens' weights times the student's logits from `maximum` on. Tokens that were not drawn
+        weigh nothing, also where the student's logit is -inf."""
+        teacher, vocabulary, weights = self.teacher, self.student.asked.vocabulary, self._weights
+
+        def compared(logits: PerToken) -> PerPosition:
+            def terms(ids: Int[Array, "1 V"], logits: PerToken) -> PerToken:
+                found = _put(weights, teacher.ids, ids, jnp.zeros((1, 1)))
+                return jnp.where(found > 0.0, found * (logits - maximum), 0.0)
+
+            return vocabulary.sums(terms, logits)
+
+        def scalars(logits: PerToken) -> PerPosition:
+            from_maximum = teacher.logits_at_ids(logits, vocabulary) - maximum
+            return jnp.sum(jnp.where(weights > 0.0, weights * from_maximum, 0.0), axis=-1, keepdims=True)
+
+        return _at_ids(weights.shape[-1], compared, scalars, self.student.logits)
+
     def _gradient(self, seen: _Seen) -> PerToken:
         vocabulary, logits = self.student.asked.vocabulary, self.student.logits
         by_student, hard, soft = self.student.pulls(seen.maximum + jnp.log(seen.total), seen.total)
@@ -209,7 +263,15 @@ class DrawnBlock(LossBlock):
             softened = by_soft * self._soft_weight(logits, seen.soft_maximum)
             gradient = by_student * jnp.exp(logits - seen.maximum) + _among(self._shared, ids, softened, 0.0)
         gradient = gradient - jnp.where(ids == self.student.targets, hard, 0.0)
-        return vocabulary.added(gradient, self.teacher.slots(vocabulary.size(logits)), -soft * self._weights)
+        weights = self._weights
+
+        def compared(gradient: PerToken) -> PerToken:
+            return gradient - soft * _put(weights, self.teacher.ids, ids, jnp.zeros((1, 1)))
+
+        def scalars(gradient: PerToken) -> PerToken:
+            return vocabulary.added(gradient, self.teacher.slots(vocabulary.size(logits)), -soft * weights)
+
+        return _at_ids(weights.shape[-1], compared, scalars, gradient)
 
 
 class _Outside(NamedTuple):
@@ -266,7 +328,8 @@ class LargestBlock(LossBlock):
         if self._is_parted:
             # Behind a barrier, or a compiler may read the logits after it has written over them, from a copy.
             logits, at_ids, at_target = jax.lax.optimization_barrier((logits, at_ids, at_target))
-            logits = vocabulary.replaced(logits, self.teacher.slots(self._size), -jnp.inf)
+            nothing = jnp.full((1, self.teacher.ids.shape[-1]), -jnp.inf, logits.dtype)
+            logits = self.teacher.replaced(logits, nothing, vocabulary)
         outside = logits
         hard, soft = self._outside(outside)
         top, total = hard
@@ -360,7 +423,7 @@ class LargestBlock(LossBlock):
         gradient = gradient - jnp.where(ids == targets, hard, 0.0)
         at_ids = by_student * jnp.exp(reduced.at_ids - reduced.top) + slope[:, :-1]
         at_ids = at_ids - jnp.where(self.teacher.ids == targets, hard, 0.0)
-        return vocabulary.replaced(gradient, self.teacher.slots(self._size), at_ids)
+        return self.teacher.replaced(gradient, at_ids, vocabulary)
 
     def _outside_gradient(
         self, reduced: _Reduced, by_student: PerPosition, slope: PerPosition, ids: Int[Array, "1 V"]

@@ -15,103 +15,142 @@ Source: Madow and Madow, "On the Theory of Systematic Sampling" (1944).
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from MaxText.distill.truncation import Scalar
-from MaxText.distill.vocabulary import CHUNK_VALUES, Vocabulary
+from MaxText.distill.vocabulary import Vocabulary
 
 # Tokens of a chunk, at most: the width of an accelerator's registers. It divides most vocabularies, so that nothing is
 # filled up.
 _CHUNK = 128
+# Values of the positions that a CPU draws for at a time.
+_ROW_VALUES = 1 << 19
+
+
+# (logits from the maximum on, weights at T), of some tokens -> a tree of arrays like them
+Terms = Callable[[Array, Array], PyTree[Array]]
+
+
+class Drawn(NamedTuple):
+    """Draws, and what the visit of the vocabulary that they are found in took besides.
+
+    ids: of the points (offset + j) / N of the cumulative distribution, ascending; a token's ids are its draws.
+    total: the sum of the weights at T, from the maximum on.
+    sums: of the terms.
+    """
+
+    ids: Int[Array, "n N"]
+    total: Float[Array, "n 1"]
+    sums: PyTree[Float[Array, "n 1"]]
 
 
 def systematic_draws(
     logits: Float[Array, "n V"],
     offsets: Float[Array, "n 1"],
+    maximum: Float[Array, "n 1"],
+    terms: Terms = lambda logits, weights: (),
     *,
     draws: int,
     temperature: Scalar,
     vocabulary: Vocabulary,
-) -> Int[Array, "n N"]:
-    """Token ids of the points (offset + j) / N of the cumulative distribution, ascending; a token's ids are its draws.
+) -> Drawn:
+    """Systematic draws from softmax(logits / T), and sums over the vocabulary.
 
     Args:
         logits: float32, at temperature 1; -inf for tokens of mass 0, and finite for one at least.
         offsets: in [0, 1); uniform, one per position. The draws are a function of these and of the logits.
+        maximum: of the logits.
+        terms: what is to be summed.
         draws: N. Static.
         temperature: T > 0.
-        vocabulary: how the last axis is laid out. The ids are the same on all its devices.
+        vocabulary: how the last axis is laid out. What is returned is the same on all its devices.
     """
 
-    def by(chunk: int, on_cpu: bool) -> Callable[[Array, Array], Array]:
-        return functools.partial(_drawn, draws, temperature, vocabulary, chunk, on_cpu)
+    def by(chunk: int, on_cpu: bool) -> Callable[..., Drawn]:
+        return functools.partial(_drawn, draws, temperature, vocabulary, terms, chunk, on_cpu)
 
-    on_cpu = by(_narrow_chunk(logits.shape[-1]), on_cpu=True)
-    return jax.lax.platform_dependent(logits, offsets, cpu=on_cpu, default=by(_CHUNK, on_cpu=False))
+    def by_rows(*arrays: Array) -> Drawn:
+        return _by_rows(by(_narrow_chunk(logits.shape[-1]), on_cpu=True), *arrays)
+
+    return jax.lax.platform_dependent(logits, offsets, maximum, cpu=by_rows, default=by(_CHUNK, on_cpu=False))
+
+
+def _by_rows(drawn: Callable[..., Drawn], *arrays: Array) -> Drawn:
+    """The same, some positions at a time, of which all that is computed stays in a CPU's cache."""
+    n, vocabulary = arrays[0].shape
+    size = max(8, _ROW_VALUES // vocabulary)
+    if n <= size:
+        return drawn(*arrays)
+    rest = n % size
+
+    def visit(i: Array) -> Drawn:
+        return drawn(*(jax.lax.dynamic_slice_in_dim(array, rest + i * size, size) for array in arrays))
+
+    found = jax.lax.map(visit, jnp.arange(n // size))
+    found = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), found)
+    if not rest:
+        return found
+    return jax.tree.map(lambda *of: jnp.concatenate(of), drawn(*(array[:rest] for array in arrays)), found)
 
 
 def _narrow_chunk(tokens: int) -> int:
     """For a CPU: the sum over chunks and the looks at the tokens of those that points lie in then take equally long."""
-    return min(_CHUNK, 1 << max(3, (tokens // 16).bit_length() // 2))
+    return min(_CHUNK, 1 << max(3, (tokens // 8).bit_length() // 2))
 
 
 def _drawn(
     draws: int,
     temperature: Scalar,
     vocabulary: Vocabulary,
+    terms: Terms,
     chunk: int,
     on_cpu: bool,
     logits: Float[Array, "n V"],
     offsets: Float[Array, "n 1"],
-) -> Int[Array, "n N"]:
-    maximum = vocabulary.maxima(lambda _, logits: logits, logits)
+    maximum: Float[Array, "n 1"],
+) -> Drawn:
     # What is missing of the last chunk has no mass.
     missing = -logits.shape[-1] % chunk
     padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     padded = padded.reshape(logits.shape[0], -1, chunk)
 
-    def weights(logits: Array) -> Array:
-        found = jnp.exp((logits - maximum[..., None]) / temperature)
-        # XLA for CPUs takes exponentials one by one, and several times, where they are not written.
-        return jax.lax.optimization_barrier(found) if on_cpu else found
+    def written(array: Array) -> Array:
+        """XLA for CPUs computes anew, and number by number, what several uses have in common and is not written."""
+        return jax.lax.optimization_barrier(array) if on_cpu else array
 
-    masses = _masses(padded, weights, CHUNK_VALUES if on_cpu else None)
+    def weights(from_maximum: Array) -> Array:
+        return written(jnp.exp(from_maximum / temperature))
+
+    def sums(logits: Array) -> tuple[Array, PyTree[Array]]:
+        from_maximum = logits - maximum[..., None]
+        found = weights(from_maximum)
+        return jax.tree.map(lambda of: jnp.sum(of, axis=-1), (found, terms(from_maximum, found)))
+
+    masses, others = sums(padded)
     own = jnp.sum(masses, axis=-1, keepdims=True)
     shards = vocabulary.shards(own)
     shard_ends = jnp.cumsum(shards, axis=-1)
-    points = (offsets + jnp.arange(draws, dtype=jnp.float32)) * (shard_ends[:, -1:] / draws)
+    total = shard_ends[:, -1:]
+    points = (offsets + jnp.arange(draws, dtype=jnp.float32)) * (total / draws)
     shard = _reached(shards[:, None], shard_ends[:, None], points)
     before = vocabulary.own_shard(shard_ends - shards)
 
-    chunk_ends = before + jnp.cumsum(masses, axis=-1)
-    place = (_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points)
-    tokens = weights(jnp.take_along_axis(padded, place[..., None], axis=1))
+    chunk_ends = written(before + jnp.cumsum(masses, axis=-1))
+    place = written((_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points))
+    tokens = weights(written(jnp.take_along_axis(padded, place[..., None], axis=1)) - maximum[..., None])
     start = jnp.take_along_axis(chunk_ends - masses, place, axis=-1)
-    token = _reached(tokens, start[..., None] + jnp.cumsum(tokens, axis=-1), points)
-    return vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
+    token = _reached(tokens, start[..., None] + (_summed if on_cpu else jnp.cumsum)(tokens, axis=-1), points)
+    ids = vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
+    return Drawn(ids, total, jax.tree.map(lambda of: vocabulary.sums(lambda _, of: of, of), others))
 
 
-def _masses(padded: Float[Array, "n C S"], weights: Callable[[Array], Array], slab: int | None) -> Float[Array, "n C"]:
-    """The mass of each chunk, in slabs of so many values at a time, which stay in a CPU's cache, if asked for."""
-    n, chunks, size = padded.shape
-    per_slab = chunks if slab is None else max(1, slab // (n * size))
-    slabs = chunks // per_slab
-
-    def sums(of: Array) -> Array:
-        return jnp.sum(weights(of), axis=-1)
-
-    if slabs <= 1:
-        return sums(padded)
-    rest = chunks % per_slab
-
-    def visit(i: Array) -> Array:
-        return sums(jax.lax.dynamic_slice_in_dim(padded, rest + i * per_slab, per_slab, axis=1))
-
-    others = jnp.moveaxis(jax.lax.map(visit, jnp.arange(slabs)), 0, 1).reshape(n, -1)
-    return jnp.concatenate([sums(padded[:, :rest]), others], axis=1) if rest else others
+def _summed(masses: Float[Array, "n N S"], axis: int) -> Float[Array, "n N S"]:
+    """Cumulative sums by a product: a CPU multiplies faster than it adds up."""
+    return masses @ jnp.triu(jnp.ones((masses.shape[axis],) * 2))
 
 
 def _reached(masses: Float[Array, "n #N P"], ends: Float[Array, "n #N P"], points: Float[Array, "n N"]) -> Array:

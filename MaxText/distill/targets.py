@@ -122,38 +122,64 @@ class _Kind(NamedTuple):
     def block(
         self, logits: Float[Array, "n V"], targets: Int[Array, "n 1"], offsets: Float[Array, "n 1"] | None
     ) -> Targets:
+        return self._largest(logits, targets) if offsets is None else self._draws(logits, targets, offsets)
+
+    def _draws(self, logits: Float[Array, "n V"], targets: Int[Array, "n 1"], offsets: Float[Array, "n 1"]) -> Targets:
         vocabulary, temperature = self.vocabulary, self.temperature
-        bound = None
-        if offsets is None:
-            # Of zeros the negative ones would be ordered lower than the positive ones.
-            logits = jnp.where(logits == 0.0, 0.0, logits)
-            values, ids = vocabulary.top_k(logits, self.top_k)
-            bound = KeptBound(values[:, -1:], ids[:, -1:])
-        else:
-            ids = systematic_draws(logits, offsets, draws=self.draws, temperature=temperature, vocabulary=vocabulary)
+        maximum = finite(vocabulary.maxima(lambda _, logits: logits, logits))
 
-        def outside(ids: Int[Array, "1 V"], logits: Float[Array, "n V"], otherwise: float, of: Array) -> Array | None:
-            return None if bound is None else jnp.where(bound.keeps(logits, ids), otherwise, of)
+        def terms(from_maximum: Array, weights: Array) -> tuple[Array | None, Array]:
+            at_t1 = None if temperature == 1.0 else jnp.exp(from_maximum)
+            return at_t1, _cross(from_maximum / temperature, weights)
 
-        def highest(ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n V"]]:
-            return logits, outside(ids, logits, -jnp.inf, logits)
+        drawn = systematic_draws(
+            logits, offsets, maximum, terms, draws=self.draws, temperature=temperature, vocabulary=vocabulary
+        )
+        total_at_t1, cross = drawn.sums
+        of_all = self._of_all(logits, targets, maximum, total_at_t1, drawn.total, cross)
+        return Targets(drawn.ids, None, None, *of_all)
 
-        maximum, tail_maximum = finite(vocabulary.maxima(highest, logits))
+    def _largest(self, logits: Float[Array, "n V"], targets: Int[Array, "n 1"]) -> Targets:
+        vocabulary, temperature = self.vocabulary, self.temperature
+        # Of zeros the negative ones would be ordered lower than the positive ones.
+        logits = jnp.where(logits == 0.0, 0.0, logits)
+        values, ids = vocabulary.top_k(logits, self.top_k)
+        bound = KeptBound(values[:, -1:], ids[:, -1:])
 
-        def weights(ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n V"]]:
-            scaled = (logits - maximum) / temperature
-            weight = jnp.exp(scaled)
-            # A token of mass 0 adds nothing to the entropy, also where the logarithm of its mass is -inf.
-            cross = jnp.where(weight > 0.0, weight * scaled, 0.0)
-            tail = None if bound is None else outside(ids, logits, 0.0, jnp.exp((logits - tail_maximum) / temperature))
-            return jnp.exp(logits - maximum), weight, cross, tail
+        def outside(ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> Float[Array, "n V"]:
+            return jnp.where(bound.keeps(logits, ids), -jnp.inf, logits)
 
-        total_at_t1, total, cross, tail = vocabulary.sums(weights, logits)
+        maximum = finite(values[:, :1])
+        tail_maximum = finite(vocabulary.maxima(outside, logits))
+
+        def terms(ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n V"]]:
+            from_maximum = logits - maximum
+            weights = jnp.exp(from_maximum / temperature)
+            tail = jnp.exp((outside(ids, logits) - tail_maximum) / temperature)
+            return jnp.exp(from_maximum), weights, _cross(from_maximum / temperature, weights), tail
+
+        total_at_t1, total, cross, tail = vocabulary.sums(terms, logits)
         log_total = jnp.log(total)
-        target_log_prob = (vocabulary.at(logits, targets) - maximum) - jnp.log(total_at_t1)
-        of_all = target_log_prob[:, 0], (log_total - cross / total)[:, 0]
-        if bound is None:
-            return Targets(ids, None, None, *of_all)
         ids, log_probs = jax.lax.sort((ids, (values - maximum) / temperature - log_total), num_keys=1)
         log_tail = (tail_maximum - maximum) / temperature + jnp.log(tail) - log_total
+        of_all = self._of_all(logits, targets, maximum, total_at_t1, total, cross)
         return Targets(ids, log_probs, log_tail[:, 0], *of_all)
+
+    def _of_all(
+        self,
+        logits: Float[Array, "n V"],
+        targets: Int[Array, "n 1"],
+        maximum: Float[Array, "n 1"],
+        total_at_t1: Float[Array, "n 1"] | None,
+        total: Float[Array, "n 1"],
+        cross: Float[Array, "n 1"],
+    ) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+        """The log-probability of the target at T = 1, and the entropy."""
+        at_target = self.vocabulary.at(logits, targets) - maximum
+        log_prob = at_target - jnp.log(total if total_at_t1 is None else total_at_t1)
+        return log_prob[:, 0], (jnp.log(total) - cross / total)[:, 0]
+
+
+def _cross(scaled: Array, weights: Array) -> Array:
+    """The terms of the entropy. A token of mass 0 adds nothing, also where the logarithm of its mass is -inf."""
+    return jnp.where(weights > 0.0, weights * scaled, 0.0)

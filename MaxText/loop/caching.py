@@ -21,7 +21,7 @@ from rich.table import Table
 from MaxText.cache import codec, manifest, quantiser, row, shards
 from MaxText.config.keys import Distillation
 from MaxText.console import readable
-from MaxText.data import files, once, tokens
+from MaxText.data import evaluation, files, once, tokens
 from MaxText.distill.targets import Targets
 from MaxText.loop import course, sanity, targets
 from MaxText.loop import header as header_lib
@@ -68,13 +68,15 @@ def contents_of(config: Any, kd: Distillation, teacher: Teacher) -> manifest.Con
 
 def header(config: Any, kd: Distillation, teacher: Teacher, mesh: jax.sharding.Mesh, contents: Any) -> str:
     """What will be written, in a few lines."""
-    rows = kd.kd_cache_rows
+    rows, held_out = (rows_of_split(config, kd, split) for split in ("train", "eval"))
     extent = f"{rows:,} rows" if rows else "rows until the data ends"
+    if config.eval_interval > 0:
+        extent += f", {held_out:,} for evaluations" if held_out else ", all of the data for evaluations"
     kept = f"{contents.draws} draws" if contents.draws else f"the {contents.top_k} likeliest tokens"
     each = DRAWN * contents.draws + 6 if contents.draws else LIKELIEST * contents.top_k
     size = f"some {each:.0f} bytes a token"
     if rows:
-        size += f", {readable(each * rows * config.max_target_length)} bytes in all at most"
+        size += f", {readable(each * rows * config.max_target_length)} bytes for training at most"
     assert teacher.checkpoint is not None
     at = "" if teacher.checkpoint.step is None else f", step {teacher.checkpoint.step}"
     lines = [
@@ -152,7 +154,7 @@ def write_split(config: Any, kd: Distillation, split: str, reader: Any, step: St
       RunError: the data cannot be read, or the folder not written.
     """
     hosts, host = jax.process_count(), jax.process_index()
-    limit = share_of(kd.kd_cache_rows, host, hosts) if split == "train" else 0
+    limit = share_of(rows_of_split(config, kd, split), host, hosts)
     per_shard = max(TOKENS_PER_SHARD // reader.empty["targets"].size, 1)
     writer = shards.Writer(folder, split, batches_per_shard=per_shard, host=host, hosts=hosts)
     if limit and common(limit - writer.rows, largest=True) <= 0:
@@ -180,9 +182,22 @@ def write_split(config: Any, kd: Distillation, split: str, reader: Any, step: St
     writer.close()
 
 
+def rows_of_split(config: Any, kd: Distillation, split: str) -> int:
+    """How many rows of all hosts are written: those of the batches that an evaluation reads; 0: all that there are."""
+    if split == "train":
+        return kd.kd_cache_rows
+    return max(config.eval_steps, 0) * config.global_batch_size_to_load_eval
+
+
 def go_back(writer: shards.Writer) -> None:
     """To where all hosts can go on: behind a batch of which all rows were written, the same on each."""
-    if writer.position and CUT in writer.position:
+    is_cut = writer.position is not None and CUT in writer.position
+    if evaluation.any_host(is_cut):
+        # The manifest names what is given up; killed before it is written again, the split would lack a file.
+        if jax.process_index() == 0:
+            manifest.reopen(writer.folder.parent, writer.folder.name)
+        evaluation.any_host(False)  # the others wait for that
+    if is_cut:
         writer.go_back_to(writer.batches - 1)
     while (least := common(writer.batches)) < common(writer.batches, largest=True):
         writer.go_back_to(least)

@@ -1,8 +1,8 @@
 """The manifest of a run: <run>/distillation.json, beside the checkpoints, says what the student learns from.
 
 A resumed run whose teacher, loss or data is another would go on without a word, and its curve would tell of two runs.
-So the manifest holds the teacher's identity, the kd_* settings and the names and sizes of the files of the data, and a
-run that is resumed with others is refused.
+So the manifest holds the teacher's identity, the kd_* settings and the names and sizes of the files of the data, or the
+checksums of those of a cache, and a run that is resumed with others is refused.
 docs/design/restarts.md defines the fingerprint and what counts. Left out on purpose: MaxText's own keys, which a
 resumed run may change as it always could.
 """
@@ -51,7 +51,8 @@ def keep(config: Any, kd: Distillation, teacher: Teacher | None, student: Any) -
     if manager is None:
         return
     file = epath.Path(config.checkpoint_dir).parent / NAME
-    now, before = describe(kd, teacher, student.cached) | {"data": files.listed(config)}, None
+    now, before = describe(kd, teacher, student.cached), None
+    now |= {"data": files.listed(config)} if student.cached is None else {"cache": student.cached.files}
     if upstream.checkpointing.latest_step(manager) is not None:
         before = read(file, kd)
         changes = differences(before, now)
@@ -90,9 +91,11 @@ def differences(before: Manifest | None, now: Manifest) -> list[str]:
     if before is None:
         missing = "no distillation.json: the run began with use_kd=false, or before this trainer wrote one"
         return [f"use_kd: {missing}; true now"] if now["settings"]["use_kd"] else []
-    # A manifest may be older than the list of files.
-    of_data = files.differences(before["data"], now["data"]) if "data" in before else []
-    return of_distillation(before, now) + of_data
+    # A manifest may be older than a list of files.
+    lists = [name for name in ("data", "cache") if name in before and name in now]
+    return of_distillation(before, now) + [
+        line for name in lists for line in files.differences(before[name], now[name])
+    ]
 
 
 def of_distillation(before: Manifest, now: Manifest) -> list[str]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from MaxText.cache import manifest, quantiser, reading, row
 from MaxText.config.keys import ConfigError, Distillation
-from MaxText.console import say
+from MaxText.console import RunError, say
+from MaxText.data import evaluation
 from MaxText.loop import caching
 
 ROWS = 64  # of each split, where kd_cache_rows says nothing
@@ -79,7 +79,7 @@ def verify(config: Any, kd: Distillation, folder: Path, step: caching.Step, cont
       ConfigError: there is no such cache, or it is of another teacher, data or settings.
       RunError: a file is damaged.
     """
-    found = manifest.verify_checksums(folder)
+    found = sound(folder)
     if difference := manifest.first_difference(found.contents, contents):
         raise ConfigError(f"kd_cache_path={folder}: is another cache ({difference})")
     table = Table("split", "rows", "positions", "other targets", "largest differences (allowed), nats", box=None)
@@ -91,13 +91,23 @@ def verify(config: Any, kd: Distillation, folder: Path, step: caching.Step, cont
         is_right &= differences.none
         told = ", ".join(f"{name} {x:.2g} ({bound:.2g})" for name, (x, bound) in differences.largest.items())
         table.add_row(split, f"{number:,}", f"{differences.positions:,}", f"{differences.others:,}", told)
-    is_right = (
-        all(multihost_utils.process_allgather(np.array(is_right)).reshape(-1)) if jax.process_count() > 1 else is_right
-    )
+    is_right = not evaluation.any_host(not is_right)
     if jax.process_index() == 0:
         Console(soft_wrap=True).print(table)
     say("the cache is what its teacher says" if is_right else "THE CACHE IS NOT WHAT ITS TEACHER SAYS")
     return 0 if is_right else 1
+
+
+def sound(folder: Path) -> manifest.Manifest:
+    """The manifest of a cache of which each host has read its share of the bytes; none goes on without the others."""
+    error, found = None, manifest.read(folder)
+    try:
+        manifest.verify_checksums(folder, jax.process_index(), jax.process_count())
+    except RunError as damaged:
+        error = damaged
+    if evaluation.any_host(error is not None):
+        raise error or RunError(f"{folder}: is damaged; another process names the file")
+    return found
 
 
 def compared(config: Any, rows: reading.Rows, number: int, step: caching.Step) -> Differences:

@@ -112,8 +112,9 @@ def test_a_record_of_another_version_is_refused_by_both_numbers():
 
 def test_a_whole_number_comes_back_whatever_its_size():
     numbers = np.concatenate([[0, 1, 2**32 - 1], 2 ** GENERATOR.integers(0, 32, 500) - GENERATOR.integers(0, 2, 500)])
-    np.testing.assert_array_equal(integers.unpack(*integers.pack(numbers)), numbers)
-    assert integers.unpack(*integers.pack(numbers[:0])).tolist() == []
+    lists = [numbers[:0], numbers, numbers[:0], numbers[:7], numbers[:1], numbers[7:], numbers[:0]]
+    for found, expected in zip(integers.unpack([integers.pack(each) for each in lists]), lists, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_what_is_foreseen_costs_nothing():

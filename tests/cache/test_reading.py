@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,14 @@ from MaxText.config.keys import ConfigError
 from MaxText.console import RunError
 
 ROWS = teacher_rows.some(7)
-SHARD = "rows-00001-host-000-of-001.arrayrecord"
+original = manifest.sha256
+
+
+def shard(number):
+    return f"rows-0000{number}-host-000-of-001.arrayrecord"
+
+
+SHARD = shard(1)
 
 
 @pytest.fixture
@@ -79,6 +87,15 @@ def test_the_manifest_says_what_there_is(folder):
 
 def test_every_file_is_read_to_verify_it(folder):
     assert manifest.verify_checksums(folder) == manifest.read(folder)
+
+
+def test_of_several_hosts_each_reads_its_own_files_and_together_they_read_all(folder):
+    read = []
+    with mock.patch.object(manifest, "sha256", side_effect=lambda file: read.append(file.name) or original(file)):
+        for host in range(2):
+            manifest.verify_checksums(folder, host, 2)
+            read.append(None)
+    assert read == [shard(0), shard(2), None, shard(1), None]
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

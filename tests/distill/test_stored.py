@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_blockwise import assert_equal, in_four_devices
 from test_divergences import JensenShannon, ReverseKL
 
+from MaxText.distill import stored as stored_lib
 from MaxText.distill import vocabulary
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
@@ -180,7 +181,8 @@ def test_draws_teach_without_bias_and_systematic_ones_err_at_most_0_65_times_as_
 
     @jax.jit
     def draw(logits, offsets):
-        return systematic_draws(logits, offsets, draws=draws, temperature=1.0, vocabulary=vocabulary.Vocabulary())
+        whole, maximum = vocabulary.Vocabulary(), jnp.max(logits, axis=-1, keepdims=True)
+        return systematic_draws(logits, offsets, maximum, draws=draws, temperature=1.0, vocabulary=whole).ids
 
     def independent():
         return np.sort([rng.choice(V, draws, p=row / row.sum()) for row in p], axis=-1)
@@ -230,6 +232,44 @@ def test_of_draws_each_strategy_is_the_kl_of_the_whole_vocabulary_and_evaluation
     at_ids = np.take_along_axis(log_q, np.minimum(stored.ids, V - 1), axis=-1)
     value = -(weights * at_ids).sum(-1) - np.asarray(stored.entropy)
     np.testing.assert_allclose(sums.kd_sum, value[mask].sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+@pytest.mark.parametrize("strategy", (*TRUNCATION_STRATEGIES, "draws"))
+def test_slots_that_are_compared_with_all_tokens_teach_as_those_do_that_are_looked_up(
+    strategy, temperature, monkeypatch
+):
+    """As a TPU has it, and as the others do."""
+    hidden, head, teacher_hidden, teacher_head, tokens = problem()
+    logits = teacher_hidden @ teacher_head
+    stored = stored_top_k(logits, tokens.targets, k=K, temperature=temperature, slots=K + 3, shared=SHARED)
+    if strategy == "draws":
+        stored, strategy = dataclasses.replace(stored, log_tail=None), "renormalize"
+    visited = []
+
+    def by(visits):
+        def choose(slots, compared, scalars, *arrays):
+            visited.append(visits)
+            return (compared if visits else scalars)(*arrays)
+
+        monkeypatch.setattr(stored_lib, "_at_ids", choose)
+        return walked(stored, tokens, strategy, temperature, evaluation=True)(hidden, head)
+
+    assert_equal(by(True), by(False), 1e-6)
+    assert len(visited) >= 2 and visited.count(True) == visited.count(False)
+
+
+@pytest.mark.parametrize("is_drawn", (True, False))
+def test_a_program_for_a_tpu_writes_no_slots_into_an_array_of_the_vocabulary(is_drawn):
+    hidden, head, teacher_hidden, teacher_head, tokens = problem()
+    stored = stored_top_k(teacher_hidden @ teacher_head, tokens.targets, k=K, temperature=1.0)
+    traced = walked(dataclasses.replace(stored, log_tail=None) if is_drawn else stored, tokens).trace(hidden, head)
+
+    def writes(platform):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        return len(re.findall(rf"\(tensor<8x{V}xf32>, tensor<8x{K}x2xi32>, tensor<8x{K}xf32>\)", program))
+
+    assert [writes(platform) for platform in ("tpu", "cuda", "cpu")] == [0, 1, 1]
 
 
 def look_up(table, hidden):

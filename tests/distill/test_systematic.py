@@ -25,7 +25,8 @@ def peaked_logits(positions):
 @functools.partial(jax.jit, static_argnames=("draws", "vocab_axes"))
 def drawn(logits, offsets, temperature=1.0, *, draws=DRAWS, vocab_axes=()):
     vocabulary = Vocabulary(vocab_axes)
-    return systematic_draws(logits, offsets, draws=draws, temperature=temperature, vocabulary=vocabulary)
+    maximum = vocabulary.maxima(lambda _, logits: logits, logits)
+    return systematic_draws(logits, offsets, maximum, draws=draws, temperature=temperature, vocabulary=vocabulary).ids
 
 
 def counts(ids):
@@ -64,15 +65,23 @@ def test_draws_are_the_points_of_the_cumulative_distribution():
 
 @pytest.mark.parametrize("vocabulary", (1, 130, 5000))
 def test_a_cpu_draws_what_an_accelerator_does(vocabulary, monkeypatch):
-    monkeypatch.setattr(systematic, "CHUNK_VALUES", 64 * 900)
+    monkeypatch.setattr(systematic, "_ROW_VALUES", 12 * vocabulary)  # 64 are five times 12, and 4
     rng = np.random.default_rng(vocabulary)
     # Masses of 0 and 1, whose sums are exact in any order; chunks without mass among them.
     logits = np.where(rng.random((64, vocabulary)) < 0.02, 0.0, -np.inf)
     logits[:, rng.integers(vocabulary)] = 0.0
-    arguments = jnp.asarray(logits, jnp.float32), jnp.asarray(rng.random((64, 1)), jnp.float32)
+    arguments = jnp.asarray(logits, jnp.float32), jnp.asarray(rng.random((64, 1)), jnp.float32), jnp.zeros((64, 1))
+
+    def terms(logits, weights):
+        return {"weights": weights, "tokens": jnp.where(weights > 0.0, logits + 1.0, 0.0)}
+
     settings = {"draws": DRAWS, "temperature": 1.0, "vocabulary": Vocabulary()}
-    elsewhere = systematic._drawn(*settings.values(), 128, False, *arguments)
-    np.testing.assert_array_equal(systematic.systematic_draws(*arguments, **settings), elsewhere)
+    elsewhere = systematic._drawn(*settings.values(), terms, 128, False, *arguments)
+    here = systematic_draws(*arguments, terms, **settings)
+    jax.tree.map(np.testing.assert_array_equal, here, elsewhere)
+    number = (logits == 0.0).sum(axis=-1, keepdims=True)
+    for found in (here.total, here.sums["weights"], here.sums["tokens"]):
+        np.testing.assert_array_equal(found, number)
 
 
 @pytest.mark.parametrize("vocabulary", (1, 100, 128, 129, 1000))

@@ -20,8 +20,9 @@ import test_processes
 import token_rows
 from conftest import execute
 
-from MaxText.cache import lock, manifest, reading, row, shards
+from MaxText.cache import lock, manifest, quantiser, reading, row, shards
 from MaxText.config.keys import ConfigError, Distillation
+from MaxText.console import RunError
 from MaxText.data import evaluation
 from MaxText.distill.targets import Targets
 from MaxText.loop import caching, targets, verifying
@@ -99,15 +100,15 @@ def said_of(batch):
     return Targets(jnp.asarray(ids), None, None, jnp.zeros(shape), jnp.zeros(shape))
 
 
-def stored_numbers(folder, sizes, limit=0):
+def stored_numbers(folder, sizes, limit=0, split="train", eval_steps=-1, said_of=said_of):
     """The numbers of the rows in `folder` when so many have been asked for."""
-    config = mock.Mock(vocab_size=caches.VOCABULARY)
+    config = mock.Mock(vocab_size=caches.VOCABULARY, eval_steps=eval_steps, global_batch_size_to_load_eval=4)
     manifest.begin(folder, teacher_rows.contents(draws=2))
     kd = FAKE.model_copy(update={"kd_cache_rows": limit})
     with mock.patch.object(caching, "TOKENS_PER_SHARD", 2 * 4 * 6):  # two batches
-        caching.write_split(config, kd, "train", numbered(sizes), said_of, folder)
-    manifest.finish(folder, "train", shards.all_shards(folder, "train"))
-    return [int(each.inputs[0]) for each in reading.rows(folder)]
+        caching.write_split(config, kd, split, numbered(sizes), said_of, folder)
+    manifest.finish(folder, split, shards.all_shards(folder, split))
+    return [int(each.inputs[0]) for each in reading.rows(folder, split)]
 
 
 SIZES = [4, 0, 3, 4, 4, 2]  # 17 rows, one batch without any
@@ -121,6 +122,32 @@ def test_as_many_rows_are_stored_as_are_asked_for_and_going_on_adds_the_others(t
         assert stored_numbers(folder, SIZES, max(first - 3, 1)) == list(range(1, first + 1))  # what is there stays
         assert stored_numbers(folder, SIZES, first + 2) == list(range(1, min(first + 2, 17) + 1))
         assert stored_numbers(folder, SIZES) == list(range(1, 18))
+
+
+def test_of_evaluation_data_what_evaluations_read_is_stored_and_more_where_they_read_more(tmp_path):
+    """Whatever is asked for of the rows to train on."""
+    of_evaluation = {"split": "eval", "limit": 2}
+    assert stored_numbers(tmp_path, [4, 4, 4, 2], **of_evaluation, eval_steps=2) == list(range(1, 9))
+    assert stored_numbers(tmp_path, [4, 4, 4, 2], **of_evaluation, eval_steps=1) == list(range(1, 9))
+    assert stored_numbers(tmp_path, [4, 4, 4, 2], **of_evaluation, eval_steps=3) == list(range(1, 13))
+    assert stored_numbers(tmp_path, [4, 4, 4, 2], **of_evaluation, eval_steps=-1) == list(range(1, 15))
+
+
+def test_a_cache_that_was_killed_while_rows_were_added_to_it_is_one_that_goes_on(tmp_path):
+    def killed(batch):
+        raise KeyboardInterrupt
+
+    for limit in (5, 7):  # a batch of which rows were left out is given up to go on, a whole one is not
+        folder = tmp_path / str(limit)
+        stored_numbers(folder, SIZES, limit)
+        with pytest.raises(KeyboardInterrupt):
+            stored_numbers(folder, SIZES, limit + 6, said_of=killed)
+        if limit == 5:
+            with pytest.raises(ConfigError, match=r"train: holds no complete rows; cache_teacher.py .* goes on"):
+                reading.rows(folder)
+        else:
+            assert len(list(reading.rows(folder))) == limit
+        assert stored_numbers(folder, SIZES, limit + 6) == list(range(1, limit + 7))
 
 
 def test_a_host_that_was_ahead_and_one_that_had_its_share_go_on_together(tmp_path, monkeypatch):
@@ -295,6 +322,10 @@ def assert_same_records(found, expected):
     for key, ours in found.items():
         theirs = expected[key]
         assert not verifying.others(ours, theirs).any()
+        if isinstance(theirs.teacher, row.TopK):  # rounded, and so to a neighbouring step at most
+            for name in ("log_probs", "log_tail"):
+                pair = (getattr(each.teacher, name) for each in (ours, theirs))
+                np.testing.assert_allclose(*pair, atol=1.01 * quantiser.STEP, rtol=0)
         np.testing.assert_allclose(ours.target_log_prob, theirs.target_log_prob, atol=1e-3, rtol=1e-3)
         np.testing.assert_allclose(ours.entropy, theirs.entropy, atol=1e-3, rtol=1e-3)
 
@@ -307,6 +338,16 @@ def test_on_four_devices_the_same_is_stored_as_on_one(layout, cache, keys, tmp_p
     assert result.status == 0, result.output
     for split in ("train", "eval"):
         assert_same_records(by_tokens(caches.rows(tmp_path / "cache", split)), by_tokens(caches.rows(cache, split)))
+
+
+@pytest.mark.slow
+def test_on_four_devices_the_same_likeliest_tokens_are_stored_as_on_one(keys, tmp_path):
+    keys = keys | {"kd_cache_mode": "top_k", "kd_top_k": 16, "eval_interval": -1}
+    assert caches.write(tmp_path / "one", keys)[0] == 0
+    more = {"per_device_batch_size": 1, "kd_cache_path": tmp_path / "four", "ici_fsdp_parallelism": 4}
+    result = execute(caches.PROGRAM, caches.arguments(keys | more, tmp_path), tmp_path, devices=4)
+    assert result.status == 0, result.output
+    assert_same_records(*(by_tokens(caches.rows(tmp_path / name)) for name in ("four", "one")))
 
 
 @pytest.mark.slow
@@ -358,6 +399,14 @@ def test_a_comparison_finds_one_number_that_is_another(change, cache, keys, tmp_
     rewritten(folder, "train", 5, change)
     status, output = caches.write(folder, keys, kd_cache_verify="true")
     assert status == 1 and "THE CACHE IS NOT WHAT ITS TEACHER SAYS" in output
+
+
+def test_a_host_whose_own_files_are_sound_does_not_go_on_where_another_found_damage(tmp_path, monkeypatch):
+    folder = teacher_rows.cache(tmp_path / "cache", teacher_rows.some(4))
+    assert verifying.sound(folder) == manifest.read(folder)
+    monkeypatch.setattr(evaluation, "any_host", lambda has: True)
+    with pytest.raises(RunError, match=f"{folder}: is damaged; another process names the file"):
+        verifying.sound(folder)
 
 
 def test_where_a_rows_draws_begin_is_a_function_of_the_seed_and_of_all_its_numbers():

@@ -218,6 +218,10 @@ def test_a_run_goes_on_with_a_moved_cache_and_not_with_that_of_another_teacher(w
     file.write_text(re.sub(r'"fingerprint": "\w+"', f'"fingerprint": "{"0" * 32}"', text))
     with pytest.raises(ConfigError, match=r"(?s)kd_allow_change=False.*teacher: .* now"):
         learn(tmp_path / "cut", keys, steps=4, kd_cache_path=moved)
+    # As large as it was, but made anew.
+    file.write_text(re.sub(r'"sha256": "\w{8}', f'"sha256": "{"0" * 8}', text))
+    with pytest.raises(ConfigError, match=r"(?s)kd_allow_change=False.*training files: 1 of 1 differ.*SHA-256 0{8}"):
+        learn(tmp_path / "cut", keys, steps=4, kd_cache_path=moved)
     file.write_text(text)
     resumed = learn(tmp_path / "cut", keys, steps=4, kd_cache_path=moved)
     assert "(resumed)" in resumed.output
@@ -319,6 +323,16 @@ def test_each_row_is_read_once_an_epoch_in_an_order_of_the_seed(batch, epochs, r
         assert [sorted(epoch.tolist()) for epoch in order] == [expected] * epochs
         orders.append(order.tolist())
     assert orders[0] != orders[1]
+
+
+def test_a_run_is_told_that_its_evaluations_read_less_than_it_asks_for(drawn, tmp_path):
+    def told(**keys):
+        keys = {"use_kd": "true", "kd_cache_path": drawn, "eval_interval": 2} | keys
+        run = resolve.initialize(["train.py", *caches.arguments(keys, tmp_path)])
+        return cached.evaluated_on_less(run.student, cached.find(run.student, run.kd))
+
+    assert "eval_steps=3: 12 rows are asked for" in told(eval_steps=3) and f"{drawn} holds 11" in told(eval_steps=3)
+    assert told(eval_steps=2) == told(eval_steps=-1) == told(eval_steps=3, eval_interval=-1) == ""
 
 
 def test_a_host_without_a_row_of_evaluation_has_batches_like_the_others(drawn, monkeypatch):

@@ -268,6 +268,17 @@ LLAMA32 = {
     "rope_parameters": golden.LLAMA32,
     "tie_word_embeddings": True,
 }
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+}
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2-7b": ("llama", {"rms_norm_eps": 1e-5}),
     "llama3-8b": (
@@ -287,6 +298,19 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3.2-3b": (
         "llama",
         LLAMA32 | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+    ),
+    "smollm2-135m": ("llama", SMOLLM2),
+    "smollm2-360m": (
+        "llama",
+        SMOLLM2
+        | {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32}
+        | {"num_attention_heads": 15, "num_key_value_heads": 5},
+    ),
+    "smollm2-1.7b": (
+        "llama",
+        SMOLLM2
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "rope_theta": 130000}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32},
     ),
     "mistral-7b": ("mistral", {"sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "vocab_size": 32768}),
     "gemma3-4b": (

@@ -11,6 +11,7 @@ unchanged and goes on with what was interrupted.
 
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -33,9 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="of each kind of student (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each student (default: %(default)s)")
     given = parser.parse_args()
-    for option in ("seeds", "steps"):
-        if getattr(given, option) < 1:
-            parser.error(f"--{option} {getattr(given, option)}: allowed is 1 or more")
+    for option, least in (("seeds", 1), ("steps", 10)):  # of fewer steps no tenth is left to warm up
+        if getattr(given, option) < least:
+            parser.error(f"--{option} {getattr(given, option)}: allowed is {least} or more")
     return given
 
 
@@ -43,7 +44,8 @@ def main() -> None:
     given = parse()
     console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    hf = given.hf or str(published(OUT).relative_to(ROOT))
+    named = os.path.abspath(given.hf) if os.path.exists(given.hf) else given.hf  # a folder, or a name on the hub
+    hf = named or str(published(OUT).relative_to(ROOT))
     planned, trainer = plan(hf, given.steps, given.seeds), trainer_identity()
     carry_out(planned.teacher, [trainer], console)
 

@@ -5,13 +5,16 @@ STAMP := .venv/.installed
 PLATFORM ?= $(or $(shell cut -d ' ' -f 1 $(STAMP) 2>/dev/null),cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test-fast test test-slow bench fit clean
+.PHONY: help demo demo-smollm2 check test-fast test test-slow bench fit clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 14
 
 demo: $(STAMP) ## distil a student on real text, beside one trained without a teacher
 	$(PYTHON) scripts/demo/run.py
+
+demo-smollm2: $(STAMP) ## distil a published model, in many ways: make demo-smollm2 ARGS="--hf HuggingFaceTB/SmolLM2-135M"
+	$(PYTHON) scripts/demo/smollm2.py $(ARGS)
 
 JOBS ?= 2
 # A worker that has nothing left takes half of what another has. The slowest tests are listed at the end.

@@ -8,6 +8,8 @@ Left out on purpose: everything that is a choice of this project (losses, teache
 # ruff: noqa: F401  the modules are here for others to reach
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -44,7 +46,7 @@ with epy.lazy_imports():
         tokenizer,
     )
     from maxtext.input_pipeline.protos import example_pb2
-    from maxtext.layers import moe, multi_token_prediction, nnx_decoders
+    from maxtext.layers import attentions, embeddings, moe, multi_token_prediction, nnx_decoders
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
         accelerator_to_spec_map,
@@ -182,6 +184,69 @@ def silence() -> Iterator[None]:
         yield
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+# Rotary positions -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """How `rope_type: llama3.1` stretches rotary positions; by default as MaxText's class has it built in.
+
+    A frequency that turns at most `low_freq_factor` times in `original_length` tokens is divided by `factor`, one that
+    turns `high_freq_factor` times or more is kept, and between the two the share that is kept grows in a straight line.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    @classmethod
+    def of(cls, config: Any) -> "Llama3Scaling":
+        return cls(
+            config.rope_llama3_factor,
+            config.rope_llama3_low_freq_factor,
+            config.rope_llama3_high_freq_factor,
+            config.rope_llama3_original_length,
+        )
+
+
+@functools.cache
+def scaled_rotary_embedding() -> type:
+    """The engine's class of Llama's rotary positions, with constants of its own in `scaling`."""
+    import jax.numpy as jnp
+
+    class ScaledRotaryEmbedding(embeddings.LLaMARotaryEmbedding):
+        scaling: Llama3Scaling
+
+        def _apply_scaling_factor(self, freq: Any) -> Any:
+            low, high = self.scaling.low_freq_factor, self.scaling.high_freq_factor
+            turns = self.scaling.original_length * freq / (2 * jnp.pi)
+            kept = jnp.clip((turns - low) / (high - low), 0, 1)
+            return freq * (kept + (1 - kept) / self.scaling.factor)
+
+    return ScaledRotaryEmbedding
+
+
+@functools.cache
+def scale_rotary_positions_as_configured() -> None:
+    """From here on each attention that is built scales positions by its own configuration (rope_llama3_*).
+
+    In the engine's class, for the rest of the process: the engine builds models in many places, and one that was
+    forgotten would be another model without a word. Where the constants are those built in, the engine's own code runs.
+    """
+    built_in = attentions.Attention.init_rotary_embedding
+
+    @functools.wraps(built_in)
+    def init_rotary_embedding(self: Any) -> Any:
+        made = built_in(self)
+        if type(made) is embeddings.LLaMARotaryEmbedding and Llama3Scaling.of(self.config) != Llama3Scaling():
+            made.__class__ = scaled_rotary_embedding()
+            made.scaling = Llama3Scaling.of(self.config)
+        return made
+
+    attentions.Attention.init_rotary_embedding = init_rotary_embedding
 
 
 # A run ----------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from MaxText.config import resolve
 
 # What is called -> the names of the arguments that are given by position; after "|", of those given by keyword.
 CALLS = {
+    "attentions.Attention.init_rotary_embedding": "self",
     "checkpoint_context.build_context": (
         "| use_ocdbt use_zarr3 checkpoint_storage_concurrent_gb partial_load enable_single_replica_ckpt_restoring"
     ),
@@ -138,6 +139,7 @@ CALLS = {
 # What is read.
 NAMES = [
     "accelerator_to_spec_map.UserFacingNameToSystemCharacteristics",
+    "embeddings.LLaMARotaryEmbedding._apply_scaling_factor",
     "example_pb2.Example",
     "exceptions.StopTraining",
     "globals.MAXTEXT_CONFIGS_DIR",
@@ -169,6 +171,14 @@ NAMES = [
 
 # Whose source says what no signature does -> pieces of it.
 SOURCES = {
+    # Each attention makes its positions by this method, of its own configuration.
+    "attentions.Attention.__init__": ["self.rotary_embedding = self.init_rotary_embedding()"],
+    "attentions.Attention.init_rotary_embedding": ["rotary_embedding = LLaMARotaryEmbedding(", "self.config"],
+    # What Llama3Scaling's defaults say, and where the subclass is asked.
+    "embeddings.LLaMARotaryEmbedding": [
+        "timescale = 1.0 / jax.vmap(self._apply_scaling_factor)(1.0 / timescale)",
+        "scale_factor = 8\n", "low_freq_factor = 1\n", "high_freq_factor = 4\n", "old_context_len = 8192 ",
+    ],
     # Each pipeline finds by these names, when it is made, what data/pipelines.py puts in their place.
     "grain_data_processing.get_datasets": ["files = find_data_files(", "data_files = find_data_files("],
     "grain_data_processing.pretrain_preprocessing_pipeline": [

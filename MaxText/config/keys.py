@@ -1,4 +1,4 @@
-"""The keys of distillation: their types and ranges, and the error that names a wrong one.
+"""This project's keys: their types and ranges, and the error that names a wrong one.
 
 Left out on purpose: their meaning and defaults, which stand in MaxText/configs/base.yml; what a key means together with
 others (checks.py).
@@ -6,7 +6,7 @@ others (checks.py).
 
 import functools
 import os
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -18,7 +18,7 @@ class ConfigError(Exception):
 
 
 class KDKeys(pydantic.BaseModel):
-    """The keys of MaxText/configs/base.yml, which holds their meaning and their defaults."""
+    """The keys of distillation. MaxText/configs/base.yml holds their meaning and their defaults."""
 
     use_kd: bool
     kd_alpha: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
@@ -70,6 +70,22 @@ class KDKeys(pydantic.BaseModel):
         return value if value is not None else {} if info.field_name == "kd_teacher_overrides" else ""
 
 
+class RotaryKeys(pydantic.BaseModel):
+    """The keys of MaxText/configs/base.yml that are a model's: how Llama 3's positions are scaled."""
+
+    rope_llama3_factor: float = pydantic.Field(ge=1, allow_inf_nan=False)
+    rope_llama3_low_freq_factor: float = pydantic.Field(gt=0, allow_inf_nan=False)
+    rope_llama3_high_freq_factor: float = pydantic.Field(gt=0, allow_inf_nan=False)
+    rope_llama3_original_length: int = pydantic.Field(gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _low_is_below_high(self) -> Self:
+        low, high = self.rope_llama3_low_freq_factor, self.rope_llama3_high_freq_factor
+        if low >= high:
+            raise ValueError(f"rope_llama3_low_freq_factor={low:g}: below rope_llama3_high_freq_factor, {high:g}")
+        return self
+
+
 class Distillation(KDKeys, frozen=True, extra="forbid"):
     """The settings of a run's distillation, checked and frozen."""
 
@@ -113,8 +129,9 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
 
 @functools.cache
 def config_class() -> type[pydantic.BaseModel]:
-    """MaxText's configuration with the kd_* keys, and with `model_name` open to presets that upstream does not list."""
-    return pydantic.create_model("DistillationConfig", __base__=(KDKeys, upstream.types.MaxTextConfig), model_name=str)
+    """MaxText's configuration with our keys, and with `model_name` open to presets that upstream does not list."""
+    bases = (KDKeys, RotaryKeys, upstream.types.MaxTextConfig)
+    return pydantic.create_model("DistillationConfig", __base__=bases, model_name=str)
 
 
 def environment_keys(schema: type[pydantic.BaseModel]) -> dict[str, str]:

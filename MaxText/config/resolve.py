@@ -92,7 +92,7 @@ def resolved(
     who: str, base: omegaconf.DictConfig, folder: str, arguments: list[str], schema: type, **overrides: Any
 ) -> Any:
     try:
-        return upstream.resolve_config(base, folder, arguments, schema, **overrides)
+        config = upstream.resolve_config(base, folder, arguments, schema, **overrides)
     except pydantic.ValidationError as error:
         raise ConfigError(who + describe(error)) from None
     except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
@@ -103,3 +103,7 @@ def resolved(
                 "the others (README_ORIGINAL.md)."
             ) from error
         raise ConfigError(f"{who}{error}") from None
+    if upstream.Llama3Scaling.of(config) != upstream.Llama3Scaling():
+        with upstream.quietly():  # the first touch imports
+            upstream.scale_rotary_positions_as_configured()
+    return config

@@ -12,7 +12,7 @@ with epy.lazy_imports():
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
 from MaxText.huggingface.families import FAMILIES, GROUPS, family_of, gemma3_scalar, head_dim, layer_types
-from MaxText.huggingface.rotary import LLAMA31, YARN, interleaved, older_names, rotary
+from MaxText.huggingface.rotary import YARN, interleaved, llama3_parameters, older_names, rotary
 
 # MaxText's keys that change what a decoder computes but none of its arrays -> as they are in Hugging Face's models.
 UNSAID = {
@@ -107,7 +107,7 @@ def configuration(config: Any) -> transformers.PreTrainedConfig:
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             settings[name] = settings[name] or None
     if interleaved(config) and config.rope_use_scale:
-        settings["rope_parameters"] |= LLAMA31
+        settings["rope_parameters"] |= llama3_parameters(config)
     made = transformers.AutoConfig.for_model(model_type, **settings)
     check_same(config, architecture(made))
     with upstream.silence():  # the first touch imports, and TensorFlow greets

@@ -10,26 +10,26 @@ from etils import epy
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
 
-from MaxText import upstream
-from MaxText.config.files import CONFIGS, load_yml
+from MaxText.config.files import CONFIGS, defaults, load_yml
 from MaxText.config.keys import ConfigError
 from MaxText.config.presets import preset_folder, preset_places
 from MaxText.huggingface.architecture import architecture
 from MaxText.huggingface.families import GROUPS, Family, family_of, gemma3_scalar, head_dim
+from MaxText.huggingface.rotary import LLAMA3
 
 # How a model is stored or padded rather than what it is: a preset that differs in these alone fits. MaxText's preset of
 # DeepSeek V3 leaves its groups of experts out.
-ADJUSTED = ("vocab_size", "rope_type", "rope_use_scale", *GROUPS)
+ADJUSTED = ("vocab_size", "rope_type", "rope_use_scale", *LLAMA3, *GROUPS)
 
 
 @functools.cache
 def presets() -> dict[str, dict[str, Any]]:
-    """Name -> settings of every preset of MaxText's and of ours, on MaxText's defaults."""
+    """Name -> settings of every preset of MaxText's and of ours, on the defaults."""
     found: dict[str, dict[str, Any]] = {}
-    defaults = dict(load_yml(upstream.base_yml()))
+    beneath = dict(defaults())
     for folder in preset_places(CONFIGS):
         for file in sorted(folder.glob("*.yml")):
-            found.setdefault(file.stem, defaults | dict(load_yml(str(file))))
+            found.setdefault(file.stem, beneath | dict(load_yml(str(file))))
     for name, settings in found.items():
         if name.startswith("llama3.1"):  # the one architecture that MaxText tells by the preset's name
             settings["rope_type"] = "llama3.1"

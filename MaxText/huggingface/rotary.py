@@ -12,13 +12,12 @@ with epy.lazy_imports():
 from MaxText.config.keys import ConfigError
 from MaxText.huggingface.families import Family
 
-# The scaling of rotary positions that MaxText's `rope_type: llama3.1` has built in.
-LLAMA31 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+# MaxText's key -> what config.json calls it among the parameters of Llama 3's scaling of rotary positions.
+LLAMA3 = {
+    "rope_llama3_factor": "factor",
+    "rope_llama3_low_freq_factor": "low_freq_factor",
+    "rope_llama3_high_freq_factor": "high_freq_factor",
+    "rope_llama3_original_length": "original_max_position_embeddings",
 }
 
 
@@ -39,12 +38,27 @@ def rotary(config: transformers.PreTrainedConfig, family: Family) -> dict[str, A
         keys = {"rope_max_timescale": timescale(given), "rope_type": "default"}
         if given["rope_type"] == "default" and "partial_rotary_factor" not in given:
             return keys
-        if family.decoder_block == "llama2" and given == LLAMA31 | {"rope_theta": given["rope_theta"]}:
-            return keys | {"rope_type": "llama3.1", "rope_use_scale": True}
+        if family.decoder_block == "llama2" and given["rope_type"] == "llama3":
+            return keys | llama3(config, given)
     raise ConfigError(
         f"rope_parameters={config.rope_parameters!r}: MaxText's {family.decoder_block} decoder cannot scale rotary "
-        "positions so" + (f"; of Llama's scalings it has {LLAMA31!r}" if family.decoder_block == "llama2" else "")
+        "positions so" + ("; of scalings it has rope_type='llama3'" if family.decoder_block == "llama2" else "")
     )
+
+
+def llama3(config: transformers.PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of Llama 3's scaling."""
+    if given.keys() != {"rope_type", "rope_theta", *LLAMA3.values()}:
+        raise ConfigError(
+            f"rope_parameters={config.rope_parameters!r}: of rope_type='llama3' MaxText's llama2 decoder has "
+            f"{', '.join(LLAMA3.values())}, no fewer and no others"
+        )
+    return {"rope_type": "llama3.1", "rope_use_scale": True} | {key: given[name] for key, name in LLAMA3.items()}
+
+
+def llama3_parameters(config: Any) -> dict[str, Any]:
+    """Llama 3's scaling by MaxText's configuration, in config.json's words."""
+    return {"rope_type": "llama3"} | {name: getattr(config, key) for key, name in LLAMA3.items()}
 
 
 def plainly(given: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import io
 import json
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ SKIPPED_FOLDERS = {
 SKIPPED_FILES = {"html/entities.py"}
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -66,7 +66,7 @@ def read_sources(root: Path) -> dict[str, str]:
 
 def is_evaluation(name: str) -> bool:
     """Whether the file called `name` is held out."""
-    return int(_digest(name), 16) % EVAL_SHARE == 0
+    return int(digest(name), 16) % EVAL_SHARE == 0
 
 
 def passages(row: str) -> set[str]:
@@ -101,17 +101,17 @@ def train_tokenizer(texts: Iterable[str]) -> bytes:
     return model.getvalue()
 
 
-def cut_rows(text: str, tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    """`text` in rows of whole lines, each at most ROW_TOKENS tokens long."""
+def cut_rows(text: str, lengths: Callable[[list[str]], list[int]], most: int) -> Iterator[str]:
+    """`text` in rows of whole lines, each at most `most` tokens long; `lengths` counts the tokens of texts."""
     row, length = "", 0
     lines = text.splitlines(keepends=True)
-    for line, tokens in zip(lines, tokenizer.encode(lines), strict=True):
-        if len(tokens) > ROW_TOKENS:
+    for line, tokens in zip(lines, lengths(lines), strict=True):
+        if tokens > most:
             continue
-        if length + len(tokens) > ROW_TOKENS:
+        if length + tokens > most:
             yield row
             row, length = "", 0
-        row, length = row + line, length + len(tokens)
+        row, length = row + line, length + tokens
     if row.strip():
         yield row
 
@@ -120,7 +120,7 @@ def build(folder: Path, root: Path = STANDARD_LIBRARY) -> dict[str, Any]:
     """Writes the corpus of the sources under `root` into `folder`, unless it is there already. Returns corpus.json."""
     sources = read_sources(root)
     manifest_path = folder / "corpus.json"
-    identity = _digest(json.dumps(sources) + Path(__file__).read_text() + inspect.getsource(write_rows))
+    identity = digest(json.dumps(sources) + Path(__file__).read_text() + inspect.getsource(write_rows))
     if manifest_path.exists() and json.loads(manifest_path.read_text())["identity"] == identity:
         return json.loads(manifest_path.read_text())
     manifest_path.unlink(missing_ok=True)
@@ -132,9 +132,12 @@ def build(folder: Path, root: Path = STANDARD_LIBRARY) -> dict[str, Any]:
     (folder / "tokenizer.model").write_bytes(model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
 
+    def lengths(texts: list[str]) -> list[int]:
+        return [len(tokens) for tokens in tokenizer.encode(texts)]
+
     def rows_of(texts: dict[str, str]) -> list[str]:
-        rows = {row for text in texts.values() for row in cut_rows(text, tokenizer)}
-        return sorted(rows, key=_digest)  # a fixed shuffle, whose beginning is a fair sample
+        rows = {row for text in texts.values() for row in cut_rows(text, lengths, ROW_TOKENS)}
+        return sorted(rows, key=digest)  # a fixed shuffle, whose beginning is a fair sample
 
     train = rows_of(training)
     known = set(train).union(*map(passages, train))

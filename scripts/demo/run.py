@@ -10,89 +10,17 @@ corpus and trainer are unchanged and goes on with the one that was interrupted.
 
 import argparse
 import json
-import shlex
-import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
+from carry import carry_out, read_metrics, trainer_identity
 from corpus import build
-from plan import (
-    CACHE,
-    OUT,
-    ROOT,
-    RUNS,
-    SMALL_CE,
-    SMALL_KD,
-    STUDENT_CACHED,
-    STUDENT_CE,
-    STUDENT_KD,
-    TEACHER,
-    Run,
-    fingerprint,
-    read_metrics,
-    trainer_identity,
-)
+from plan import CACHE, OUT, RUNS, SMALL_CE, SMALL_KD, STUDENT_CACHED, STUDENT_CE, STUDENT_KD, TEACHER
 from plot import plot
 from results import summary, table, verdict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from MaxText.console import errors_as_lines
-
-
-def launch(run: Run, console: Console) -> int:
-    """Runs the command of `run`, its output in its log and a bar on a terminal. Returns the exit status."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-    with (
-        log_of(run).open("a") as log,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
-        process = subprocess.Popen(run.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        task = bar.add_task("", total=run.settings["steps"], loss="starting")
-        try:
-            while process.poll() is None:
-                time.sleep(0.5)
-                rows = [row for row in read_metrics(run) if "learning/loss" in row]
-                if rows:
-                    bar.update(task, completed=rows[-1]["step"] + 1, loss=f"loss {rows[-1]['learning/loss']:.3f}")
-        finally:
-            process.terminate()
-            process.wait()
-    return process.returncode
-
-
-def log_of(run: Run) -> Path:
-    """Beside the folders: that of a cache holds nothing else."""
-    return OUT / f"{run.name}.log"
-
-
-def carry_out(run: Run, sources: list[str], console: Console) -> float:
-    """Makes `run`, or goes on with it, or keeps it where it is finished. Returns its seconds, all calls together."""
-    console.print(f"\n[bold]{run.name}[/]  $ {shlex.join(run.command)}")
-    state_path, identity = OUT / f"{run.name}.json", fingerprint(run, sources)
-    state = json.loads(state_path.read_text()) if state_path.exists() else {}
-    if state.get("fingerprint") != identity:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        state = {"fingerprint": identity, "seconds": 0.0, "finished": False}
-    if state["finished"] and run.is_there:
-        console.print("finished earlier and kept")
-        return state["seconds"]
-
-    state_path.write_text(json.dumps(state))
-    start, status = time.monotonic(), 1
-    try:
-        status = launch(run, console)
-    finally:
-        state |= {"seconds": state["seconds"] + time.monotonic() - start, "finished": status == 0}
-        state_path.write_text(json.dumps(state))
-    if status:
-        log = log_of(run)
-        console.print("\n".join(log.read_text().splitlines()[-20:]), markup=False)
-        sys.exit(f"{run.name} failed with status {status}; the whole log is {log.relative_to(ROOT)}")
-    console.print(f"{state['seconds']:.0f} s, {run.outcome()}")
-    return state["seconds"]
 
 
 def main() -> None:

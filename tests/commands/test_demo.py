@@ -1,8 +1,11 @@
 """Laws of the demo: of the corpus it trains on, and of what it says about the runs."""
 
+import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import carry
 import corpus as build_corpus
 import plan as demo
 import plot as plot_demo
@@ -151,42 +154,44 @@ def test_a_summary_is_of_the_last_evaluation() -> None:
     assert outcome.summary(metrics(0.0)) == expected
 
 
-def test_half_a_row_at_the_end_of_the_metrics_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "OUT", tmp_path)
-    demo.TEACHER.folder.mkdir()
-    (demo.TEACHER.folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1')
-    assert demo.read_metrics(demo.TEACHER) == [{"step": 0}]
+def test_half_a_row_at_the_end_of_the_metrics_is_not_read(tmp_path: Path) -> None:
+    run = dataclasses.replace(demo.TEACHER, out=tmp_path)
+    run.folder.mkdir()
+    (run.folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1')
+    assert carry.read_metrics(run) == [{"step": 0}]
 
 
-def test_a_run_is_made_again_when_the_corpus_the_trainer_or_its_teacher_changes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fingerprints(identity: str) -> list[str]:
-        return [demo.fingerprint(run, [identity, "trainer"]) for run in demo.RUNS]
+def test_a_run_is_made_again_when_the_corpus_the_trainer_or_its_teacher_changes() -> None:
+    def fingerprints(identity: str, planned: Iterable[carry.Run] = demo.RUNS) -> list[str]:
+        return [carry.fingerprint(run, [identity, "trainer"]) for run in planned]
 
     first = fingerprints("one")
     assert len(set(first)) == len(demo.RUNS)
     assert fingerprints("one") == first
     assert not set(fingerprints("two")) & set(first)
-    assert not {demo.fingerprint(run, ["one", "another trainer"]) for run in demo.RUNS} & set(first)
-    other = demo.Run("teacher", "teacher", "configs/demo/teacher.yml", ("steps=1",))
-    monkeypatch.setattr(demo, "TEACHER", other)
-    assert not set(fingerprints("one")[1:]) & set(first)
+    assert not {carry.fingerprint(run, ["one", "another trainer"]) for run in demo.RUNS} & set(first)
+    other = carry.Run("teacher", "teacher", "configs/demo/teacher.yml", ("steps=1",))
+
+    def taught_by_the_other(run: carry.Run) -> carry.Run:
+        after = tuple(other if each is demo.TEACHER else taught_by_the_other(each) for each in run.after)
+        return dataclasses.replace(run, after=after)
+
+    assert not set(fingerprints("one", map(taught_by_the_other, demo.RUNS[1:]))) & set(first)
 
 
 def test_an_edit_of_the_trainer_changes_its_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(carry, "ROOT", tmp_path)
     (tmp_path / "MaxText/distill").mkdir(parents=True)
     source = tmp_path / "MaxText/distill/loss.py"
     source.write_text("SIGN = 1\n")
-    first = demo.trainer_identity()
-    assert demo.trainer_identity() == first
+    first = carry.trainer_identity()
+    assert carry.trainer_identity() == first
     source.write_text("SIGN = -1\n")
-    assert demo.trainer_identity() != first
+    assert carry.trainer_identity() != first
 
 
 def test_the_students_differ_in_what_they_learn_from_alone() -> None:
-    def differences(one: demo.Run, other: demo.Run) -> set[str]:
+    def differences(one: carry.Run, other: carry.Run) -> set[str]:
         keys = one.settings.keys() | other.settings.keys()
         return {key for key in keys if one.settings.get(key) != other.settings.get(key)} - {"run_name", "metrics_file"}
 

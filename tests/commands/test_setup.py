@@ -142,11 +142,12 @@ def test_another_platform_gets_an_environment_of_its_own(stand_in):
     assert make("-n", "-W", "pyproject.toml", "test", cwd=with_makefile(stand_in)).startswith("bash setup.sh gpu\n")
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "check", "bench"])
+@pytest.mark.parametrize("target", ["demo", "demo-smollm2", "test", "test-slow", "check", "bench"])
 def test_make_targets_set_up_a_missing_environment_first(target, tmp_path):
     assert make("-n", target, cwd=with_makefile(tmp_path)).startswith("bash setup.sh cpu\n")
 
 
 def test_make_alone_lists_every_target():
     targets = [line.split()[0] for line in make(cwd=ROOT).splitlines()]
-    assert targets == ["help", "demo", "check", "test-fast", "test", "test-slow", "bench", "fit", "clean"]
+    tests = ["check", "test-fast", "test", "test-slow"]
+    assert targets == ["help", "demo", "demo-smollm2", *tests, "bench", "fit", "clean"]

@@ -1,11 +1,17 @@
 """Laws of the recipes in configs/: each says what it costs and where that is from, and its step can be built."""
 
 import json
+import math
+import pathlib
 import re
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, WITHOUT_LIBTPU, call_apart, execute
+from conftest import ROOT, WITHOUT_LIBTPU, Result, call_apart, execute, run_in_this_process
+from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import train_compile, upstream
 from MaxText.config import resolve
@@ -41,11 +47,35 @@ def test_there_are_recipes_and_each_leads_to_the_shared_settings():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_opens_with_what_a_user_asks_first(recipe):
     header = text(recipe).split("base_config")[0]
-    for entry in ("command", "fits?", "hardware", "cost", "tokens", "expect"):
+    for entry in ("command", "fits?", "hardware", "cost", "tokens", "begins", "expect"):
         assert re.search(rf"^#   {re.escape(entry)} +\S", header, re.MULTILINE), entry
     assert f"configs/{recipe}" in header
     assert re.search(r"\d GB a chip.*\d ms", " ".join(header.split())), "the cost of a step, as compiled"
     assert re.search(rf"^#   hardware +TPU {topology(recipe)},", header, re.MULTILINE)
+
+
+def begins_fresh(recipe):
+    """By its header, whose command must agree."""
+    word = re.search(r"^#   begins +(\w+)", text(recipe), re.MULTILINE)[1]
+    assert word in ("fresh", "cut")
+    assert (word == "cut") == ("load_parameters_path=" in text(recipe).split("#   fits?")[0])
+    return word == "fresh"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_names_the_first_cross_entropy_to_expect(recipe):
+    """That of a fresh student is log(vocabulary) and what logits of a deviation of about one add to it."""
+    vocabulary = initialized(recipe).student.vocab_size
+    header = " ".join(line.lstrip("# ") for line in text(recipe).split("base_config")[0].splitlines())
+    guessing = re.search(r"guessing has ([\d.]+)", header)
+    assert float(guessing[1]) == pytest.approx(math.log(vocabulary), abs=0.05)
+    named = re.search(r"expect +a first cross-entropy (?:of|below) ([\d.]+)", header)
+    assert named, "no first cross-entropy"
+    if begins_fresh(recipe):
+        assert math.log(vocabulary) <= float(named[1]) < math.log(vocabulary) + 1
+    else:
+        assert float(named[1]) < math.log(vocabulary)
 
 
 @pytest.mark.e2e
@@ -106,6 +136,83 @@ def lower(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_step_can_be_lowered(recipe, tmp_path):
     call_apart(lower, recipe, devices=int(topology(recipe).rpartition("-")[2]), folder=tmp_path)
+
+
+# What is shrunk of a recipe: depth, vocabulary, and what is within its layers. Its width, heads, head, beginning,
+# learning rate, clipping and loss stay, and the schedules, of a hundred steps.
+VOCABULARY = 512
+SHRUNK: dict[str, Any] = {
+    "override_model_config": "true",
+    "vocab_size": VOCABULARY,
+    "base_num_decoder_layers": 2,
+    "base_mlp_dim": 256,
+    "dtype": "float32",
+    "attention": "dot_product",
+    "ici_data_parallelism": 1,
+    "ici_fsdp_parallelism": 1,
+    "dataset_type": "synthetic",
+    "per_device_batch_size": 4,
+    "max_target_length": 32,
+    "eval_interval": -1,
+    "steps": 10,
+    "learning_rate_schedule_steps": 100,
+}
+# A Gemma's token just read echoes in its logits by sqrt(width / (1 + 2 layers)): of two layers it must be narrow, too.
+NARROW = {"gemma3-12b-to-4b.yml": {"base_emb_dim": 256, "base_num_decoder_layers": 6}}
+EXPERTS = {"num_experts": 4, "base_moe_mlp_dim": 64, "sparse_matmul": "false", "megablox": "false"}
+
+
+@pytest.fixture(scope="module")
+def knowing(train):
+    """A tiny teacher that has learned the one batch of random tokens which there is."""
+    keys = {"override_model_config": "true", "vocab_size": VOCABULARY, "steps": 60, "checkpoint_period": 60}
+    return train("knowing", **keys).folder / "checkpoints"
+
+
+def ten_steps(recipe: str, teacher: pathlib.Path, folder: pathlib.Path, **keys: Any) -> Result:
+    keys = SHRUNK | NARROW.get(recipe, {}) | {"kd_teacher_parameters_path": teacher} | keys
+    if initialized(recipe).student.num_experts > 1:
+        keys |= EXPERTS
+    if "kd_teacher_overrides" not in keys:
+        keys |= {"kd_teacher_model_name": "tiny-llama", "kd_teacher_overrides": f"{{vocab_size: {VOCABULARY}}}"}
+    keys |= {"hardware": "cpu", "skip_jax_distributed_system": "true", "enable_checkpointing": "false"}
+    keys |= {"base_output_directory": folder, "run_name": "run", "metrics_file": folder / "metrics.jsonl"}
+    arguments = [str(ROOT / "configs" / recipe), *(f"{key}={value}" for key, value in keys.items())]
+    return run_in_this_process(arguments, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipes_student_begins_near_guessing_and_learns_from_its_first_steps(recipe, knowing, train, tmp_path):
+    guessing = math.log(VOCABULARY)
+    if begins_fresh(recipe):
+        ce = ten_steps(recipe, knowing, tmp_path).column("learning/ce_loss")
+        assert ce[0] == pytest.approx(guessing, abs=1)
+    else:
+        teacher, pruned = cut_student(train, recipe, tmp_path)
+        overrides = {key: SHRUNK[key] for key in ("vocab_size", "base_num_decoder_layers", "base_mlp_dim")}
+        given = {"kd_teacher_overrides": json.dumps(overrides), "load_parameters_path": pruned}
+        ce = ten_steps(recipe, teacher, tmp_path, **given).column("learning/ce_loss")
+        assert ce[0] < guessing
+    assert len(ce) == 10 and ce[-1] < ce[0] - 0.1 and max(ce) < ce[0] + 0.1
+
+
+def cut_student(train: Any, recipe: str, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The recipe's model, having learned the batch, and the same without the smaller half of each layer's matrices."""
+    name = yaml.safe_load(text(recipe))["model_name"]
+    own = SHRUNK | {"model_name": name, "steps": 40, "learning_rate": 1e-3, "kd_embedding_std": 0.02}
+    trained = train("to_cut", **own)
+    tree = ocp.load(trained.folder / "checkpoints/39", checkpointable_name="items")["params"]
+
+    def without_the_small(path: Any, x: Any) -> Any:
+        value = np.asarray(x)
+        is_matrix = any(getattr(part, "key", "") == "layers" for part in path) and value.ndim > 2
+        return np.where(np.abs(value) < np.quantile(np.abs(value), 0.9), 0, value) if is_matrix else value
+
+    cut = jax.tree_util.tree_map_with_path(without_the_small, tree)
+    upstream.checkpointing.save_params_to_path(str(folder / "cut"), cut)
+    return trained.folder / "checkpoints", folder / "cut/items"
 
 
 @pytest.mark.slow

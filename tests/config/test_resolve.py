@@ -10,7 +10,7 @@ from conftest import ROOT, SMOKE
 from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.checks import REFUSED_WITH_KD
-from MaxText.config.keys import ConfigError, KDKeys
+from MaxText.config.keys import ConfigError, KDKeys, RotaryKeys
 from MaxText.config.resolve import Run
 from MaxText.config.teacher import resolve_teacher, shared_keys
 
@@ -22,20 +22,22 @@ def initialize(*arguments: str) -> Run:
     return resolve.initialize([*ENTRY, *arguments])
 
 
-def test_base_yml_holds_every_kd_key_with_a_comment_and_nothing_unknown():
+OURS = {*KDKeys.model_fields, *RotaryKeys.model_fields}
+
+
+def test_base_yml_holds_every_key_of_ours_with_a_comment_and_nothing_unknown():
     text = (ROOT / "MaxText/configs/base.yml").read_text()
     keys = yaml.safe_load(text)
-    assert set(KDKeys.model_fields) <= set(keys)
-    assert set(keys) - set(KDKeys.model_fields) <= {"base_config", "log_config"}
+    assert set(keys) - {"base_config", "log_config"} == OURS
     for block in text.split("\n\n")[2:]:
         assert block.startswith("#"), f"no comment above {block!r}"
 
 
 def test_the_defaults_are_those_of_the_table_in_the_readme():
     lines = (ROOT / "MaxText/configs/base.yml").read_text().splitlines()
-    defaults = dict(line.split(": ", 1) for line in lines if line.startswith(("kd_", "use_kd")))
+    defaults = dict(line.split(": ", 1) for line in lines if line.startswith(("kd_", "use_kd", "rope_")))
     readme = (ROOT / "README.md").read_text()
-    assert set(defaults) == set(KDKeys.model_fields)
+    assert set(defaults) == OURS
     for key, default in defaults.items():
         assert f"| `{key}` | `{default}` |" in readme
 

@@ -37,6 +37,10 @@ SMALL = {
 }
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA32 = LLAMA31 | {"factor": 32.0}
+# Each constant another, and each band of frequencies within a short row.
+BANDS = LLAMA31 | {"factor": 5.0, "low_freq_factor": 1.5, "high_freq_factor": 6.0,
+                         "original_max_position_embeddings": 96}  # fmt: skip
 # A window shorter than the rows. The width is a square: sqrt(width) times a bfloat16 is one again, and MaxText's tied
 # head rounds its table to bfloat16. gemma3_odd is for what that does to other widths.
 GEMMA = {"sliding_window": 8, "hidden_size": 64}
@@ -75,6 +79,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 131072,
         },
     ),
+    "llama3.2": (
+        "llama",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": LLAMA32,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "llama3.2_bands": ("llama", {"rms_norm_eps": 1e-5, "rope_parameters": BANDS}),
     "mistral": ("mistral", {"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None}),
     "mixtral": ("mixtral", {"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_local_experts": 4, "head_dim": 12}),
     "qwen2": ("qwen2", {"rope_theta": 1000000.0}),
@@ -109,7 +123,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", GEMMA | GEMMA3),
     "gemma3_odd": ("gemma3_text", GEMMA | GEMMA3 | {"hidden_size": 48, "num_hidden_layers": 6}),
 }
-ROWS = {"llama3.1": (1, 160)}  # its scaling shows late in a row
+ROWS = {"llama3.1": (1, 160), "llama3.2": (1, 160)}  # their scaling shows late in a row
 
 
 def rows(name: str) -> np.ndarray:

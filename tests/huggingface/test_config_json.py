@@ -85,6 +85,8 @@ OLDER: dict[str, Values] = {
     "llama3": PLAIN | {"rope_theta": 500000.0},
     "llama3.1": {"rope_theta": 500000.0}
     | {"rope_scaling": {name: value for name, value in golden.LLAMA31.items() if name != "rope_theta"}},
+    "llama3.2": {"rope_theta": 500000.0}
+    | {"rope_scaling": {name: value for name, value in golden.LLAMA32.items() if name != "rope_theta"}},
     "mistral": PLAIN | {"rope_theta": 1000000.0},
     "mixtral": PLAIN | {"rope_theta": 1000000.0, "num_local_experts": 4},
     "qwen2": PLAIN | {"rope_theta": 1000000.0, "use_sliding_window": False},

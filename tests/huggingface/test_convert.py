@@ -44,6 +44,8 @@ pytestmark = pytest.mark.e2e
 PRESETS = {
     "llama3": "llama3-8b",
     "llama3.1": "llama3.1-8b",
+    "llama3.2": "llama3.2-1b",
+    "llama3.2_bands": "llama3.2-1b",
     "mistral": "mistral-7b",
     "mixtral": "mixtral-8x7b",
     "qwen2": "qwen2.5-7b",
@@ -258,6 +260,25 @@ def test_the_tokenizer_comes_along(base):
 
 # As published, with what a config.json leaves to transformers left out. MaxText's own table has the others.
 GEMMA3 = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+LLAMA32 = {
+    "vocab_size": 128256,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": golden.LLAMA32,
+    "tie_word_embeddings": True,
+}
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+}
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2-7b": ("llama", {"rms_norm_eps": 1e-5}),
     "llama3-8b": (
@@ -269,6 +290,27 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_theta": 5e5,
             "rms_norm_eps": 1e-5,
         },
+    ),
+    "llama3.2-1b": (
+        "llama",
+        LLAMA32 | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
+    ),
+    "llama3.2-3b": (
+        "llama",
+        LLAMA32 | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+    ),
+    "smollm2-135m": ("llama", SMOLLM2),
+    "smollm2-360m": (
+        "llama",
+        SMOLLM2
+        | {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32}
+        | {"num_attention_heads": 15, "num_key_value_heads": 5},
+    ),
+    "smollm2-1.7b": (
+        "llama",
+        SMOLLM2
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "rope_theta": 130000}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32},
     ),
     "mistral-7b": ("mistral", {"sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "vocab_size": 32768}),
     "gemma3-4b": (
@@ -456,6 +498,7 @@ def cut(folder: pathlib.Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
 # What is done to a good folder of two files, options -> what the message must hold.
 BAD: dict[str, tuple[Any, list[str], list[str]]] = {
     "no config": (lambda f: without(f, "config.json"), [], ["--hf", "no config.json"]),
@@ -473,7 +516,15 @@ BAD: dict[str, tuple[Any, list[str], list[str]]] = {
         lambda f: edited(f, num_hidden_layers=4), [], ["model.layers.3", "not there", "and 4 more"]
     ),
     "scaling that MaxText has not": (
-        lambda f: edited(f, rope_parameters=golden.LLAMA31 | {"factor": 32.0}), [], ["rope_parameters", "'factor': 8.0"]
+        lambda f: edited(f, rope_parameters=LINEAR), [], ["rope_parameters", "'linear'", "rope_type='llama3'"]
+    ),
+    "scaling of a part": (
+        lambda f: edited(f, rope_parameters=golden.LLAMA31 | {"partial_rotary_factor": 0.5}), [],
+        ["rope_parameters", "'partial_rotary_factor': 0.5", "no others"]
+    ),
+    "scaling whose bands cross": (
+        lambda f: edited(f, rope_parameters=golden.LLAMA31 | {"low_freq_factor": 4.0}), [],
+        ["rope_llama3_low_freq_factor=4: below rope_llama3_high_freq_factor, 4"]
     ),
     "scaling by halves": (
         lambda f: deepseek(f, factor=2.5), [], ["rope_parameters", "whole numbers", "mscale_all_dim"]

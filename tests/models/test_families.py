@@ -74,6 +74,7 @@ DEEPSEEK = EXPERTS | LATENT | {"first_num_dense_layers": 1, "base_num_decoder_la
 FAMILIES = {
     "Llama 2": Family("llama2-7b", "untied head, every head has keys of its own", FULL_HEADS),
     "Llama 3": Family("llama3-8b", "untied head, grouped-query attention"),
+    "Llama 3.2": Family("llama3.2-1b", "tied head, positions scaled by a factor of its own (`rope_llama3_factor`)"),
     "Mistral": Family("mistral-7b", "untied head, grouped-query attention"),
     "Gemma": Family("gemma-2b", "tied head, multi-query attention"),
     "Gemma 2": Family(  # caps as low as the logits of a narrow model
@@ -257,8 +258,8 @@ def section() -> str:
 {HEADING}
 <!-- Made by `python tests/models/test_families.py`, which holds every family to every law first: do not edit. -->
 
-Each preset of MaxText's is shrunk to a few layers and a vocabulary of 256, with what is peculiar to it kept, and held
-to four laws on CPU in float32 (`tests/models/test_families.py`):
+Each preset (MaxText's; Llama 3.2's is ours) is shrunk to a few layers and a vocabulary of 256, with what is peculiar to
+it kept, and held to four laws on CPU in float32 (`tests/models/test_families.py`):
 
 1. the blockwise loss projects the logits that the family's own forward pass has, to 1e-5;
 2. train steps against a teacher of the family have finite losses and gradients;

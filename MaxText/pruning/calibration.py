@@ -168,7 +168,8 @@ def total_of(total: observed.Seen, layer: int, what: str) -> float:
 
 def scored(total: observed.Seen, worth: np.ndarray) -> Scored:
     """Scores of all parts, of the sums of what was seen."""
-    channels = [np.sqrt(value) for (_, _, what), value in total.items() if what == "squares"]
+    # Each norm has one vote: their scales differ by tens. (What a layer that adds nothing has normed has none.)
+    channels = [np.sqrt(x / x.mean()) for (_, _, what), x in total.items() if what == "squares" and x.any()]
 
     def of(what: str, name: str) -> dict[Module, np.ndarray]:
         seen = {(layer, part): value for (layer, part, kind), value in total.items() if kind == what}

@@ -247,10 +247,11 @@ def norm_name(norm: tuple[int | None, Path]) -> str:
 def factor(unscaled: np.ndarray, kept: list[int]) -> float:
     """What a norm's scale is multiplied by when it sees these channels alone.
 
-    Of a norm over D' of D channels, the root of the mean square is another; by how much is what the kept channels had
-    of it, on average: sqrt(mean over them of the squares before the scale), 1 where they are like the others.
+    A norm over D' of D channels divides by another root, sqrt(mean' + epsilon) for sqrt(mean + epsilon). The square of
+    their ratio is, on average, the mean over the kept channels of the squares before the scale, and the part of epsilon
+    in the teacher's, which is what those squares of all channels lack of 1. It is 1 where the kept are like the others.
     """
-    return float(np.sqrt(unscaled[kept].mean()))
+    return float(np.sqrt(unscaled[kept].mean() + 1 - unscaled.mean()))
 
 
 def scores_to_json(scored: Scored) -> dict[str, Any]:

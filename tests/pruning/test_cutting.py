@@ -129,7 +129,9 @@ def test_importance_leaves_out_what_adds_nothing_and_the_logits_stay(name, setti
     assert bool(kept["experts"]) == (name in OF_EXPERTS) != bool(kept["mlp"])
     expected = cuts.logits(whole)
     assert np.std(expected) > 0.5
-    np.testing.assert_allclose(cuts.logits(tmp_path / "out"), expected, rtol=0, atol=1e-5)
+    # What a norm's epsilon is of a token's mean square, another factor for each token would have to undo.
+    bound = 1e-4 if name in ("gemma2-2b", "gemma3-4b") else 1e-5  # theirs is ten times that of the others here
+    np.testing.assert_allclose(cuts.logits(tmp_path / "out"), expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", pytest.param("gemma2-2b", marks=pytest.mark.slow)])

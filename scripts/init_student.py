@@ -116,12 +116,10 @@ def main(argv: list[str]) -> None:
     if student.measured:
         console.print(f"measured on {student.measured}")
     kept, whole = map(readable, student.parameters)
-    sizes = ", ".join(
-        f"{name} {value}" for name, value in student.model.sizes.items() if name != "experts" or value > 1
-    )
-    console.print(
-        f"{kept} of {whole} parameters: {sizes} (layers {' '.join(map(str, student.layers))}), {student.items}"
-    )
+    shown = {name: value for name, value in student.model.sizes.items() if name != "experts" or value > 1}
+    layers = " ".join(map(str, student.layers))
+    console.print(f"{kept} of {whole} parameters, layers {layers}: {student.items}")
+    console.print(f"now {', '.join(f'{name} {value}' for name, value in shown.items())}")
     console.print(command(student, arguments.settings))
 
 

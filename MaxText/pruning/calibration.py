@@ -55,7 +55,7 @@ class Asked:
     """Of what rows.
 
     Attributes:
-      settings: [config.yml] key=value ...: whose data is read, with whose layout over devices.
+      settings: [config.yml] key=value ...: whose data is read, in whose batches.
       rows: how many at most.
       by_loss: layers by cross-entropy, and not by cosine.
     """
@@ -92,8 +92,10 @@ def measure(
 
 
 def forced(teacher: Model, checkpoint: teacher_lib.Checkpoint) -> list[str]:
-    """The settings are a student's; what they say of models and of what is learnt from is no matter here."""
-    keys = {
+    """The settings are a student's, for a pod: what they say of models, and of its devices, is no matter here."""
+    groups = (upstream.types.IciParallelism, upstream.types.DcnParallelism)
+    keys: dict[str, Any] = {key: field.default for group in groups for key, field in group.model_fields.items()}
+    keys |= {
         "use_kd": "true", "kd_teacher_parameters_path": checkpoint.root, "kd_teacher_model_name": teacher.preset,
         "kd_teacher_overrides": teacher.argument, "kd_cache_path": "''", "override_model_config": "true",
         "vocab_size": teacher.settings["vocab_size"], "load_parameters_path": "''", "enable_checkpointing": "false",

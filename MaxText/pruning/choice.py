@@ -14,6 +14,7 @@ Scores = np.ndarray  # the larger the better
 Indices = list[int]
 Pick = Callable[[Scores, int], Indices]
 Module = tuple[int, str]  # of the teacher: a layer, and an attention, an MLP or a router in it
+WIDTHS = ("heads", "kv_heads", "mlp", "experts")  # those that a layer's modules have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,26 +49,22 @@ class Kept:
 
     def to_json(self) -> dict[str, Any]:
         """Layer by layer, as a reader wants it."""
-        widths = ("heads", "kv_heads", "mlp", "experts")
         return {
             "layers": self.layers,
             "emb": self.emb,
             **{
                 name: {f"{layer}/{module}": kept for (layer, module), kept in getattr(self, name).items()}
-                for name in widths
+                for name in WIDTHS
             },
         }
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Kept:
-        def modules(entries: dict[str, Indices]) -> dict[Module, Indices]:
-            return {(int(layer), module): kept for (layer, _, module), kept in split(entries)}
+        def modules(width: str) -> dict[Module, Indices]:
+            names = ((name.partition("/"), kept) for name, kept in found[width].items())
+            return {(int(layer), module): kept for (layer, _, module), kept in names}
 
-        def split(entries: dict[str, Indices]) -> Any:
-            return ((name.partition("/"), kept) for name, kept in entries.items())
-
-        plain = {name: found[name] for name in ("layers", "emb")}
-        return cls(**plain, **{name: modules(found[name]) for name in found if name not in plain})
+        return cls(found["layers"], found["emb"], *map(modules, WIDTHS))
 
 
 # Ways -----------------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def cut(request: Request, output: epath.Path, console: Console) -> Student:
     check_arrays(config, checkpoint)
     writing.check_free(output, target.RECORD)
 
-    record = {"teacher": str(checkpoint.root), "teacher_model_name": teacher.preset}
+    record: dict[str, Any] = {"teacher": str(checkpoint.root), "teacher_model_name": teacher.preset}
     record |= {"teacher_overrides": teacher.overrides, "model_name": student.preset, "overrides": student.overrides}
     record |= {"scan_layers": scanned, "by": request.by}
     if request.by in MEASURED:

@@ -145,8 +145,8 @@ def cut(teacher: pathlib.Path, output: pathlib.Path, *options: str) -> dict[str,
     return json.loads((output / "cut.json").read_text())
 
 
-def arrays(folder: pathlib.Path) -> Arrays:
-    tree = ocp.load(folder / "0", checkpointable_name="items")["params"]["params"]
+def arrays(folder: pathlib.Path, step: int = 0) -> Arrays:
+    tree = ocp.load(folder / str(step), checkpointable_name="items")["params"]["params"]
     return nnx.traversals.flatten_mapping(tree)
 
 

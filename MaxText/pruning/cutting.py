@@ -111,16 +111,15 @@ def cut(request: Request, output: epath.Path, console: Console) -> Student:
     check_arrays(config, checkpoint)
     writing.check_free(output, target.RECORD)
 
-    record: dict[str, Any] = {"teacher": str(checkpoint.root), "teacher_model_name": teacher.preset}
-    record |= {"teacher_overrides": teacher.overrides, "model_name": student.preset, "overrides": student.overrides}
-    record |= {"scan_layers": scanned, "by": request.by}
+    source = Source(checkpoint, structure)
+    record = source.identity | {"teacher_model_name": teacher.preset, "teacher_overrides": teacher.overrides}
+    record |= {"model_name": student.preset, "overrides": student.overrides, "scan_layers": scanned, "by": request.by}
     if request.by in MEASURED:
         record |= {"rows_asked": request.rows, "settings": request.settings}
-    found = resumed(output, record) or decided(
-        request, teacher, checkpoint, structure, student, student_config, console
-    )
+    found = resumed(output, record)
+    if found is None:
+        found = decided(request, teacher, checkpoint, structure, student, structure_of(student_config).kinds, console)
     kept, factors = Kept.from_json(found["kept"]), found["norm_factors"]
-    source = Source(checkpoint, structure)
     arrays = lazy_arrays(student_config, source, kept, factors)
     words = target.tokenizer_beside(checkpoint.root)
     try:
@@ -195,13 +194,13 @@ def decided(
     checkpoint: teacher_lib.Checkpoint,
     structure: Structure,
     student: Model,
-    student_config: Any,
+    student_kinds: list[bool],
     console: Console,
 ) -> dict[str, Any]:
     """What is kept and why, as the record says it."""
     own = teacher.sizes
     sizes = student.sizes | {"group": own["heads"] // own["kv_heads"]}
-    kinds, student_kinds = structure.kinds, structure_of(student_config).kinds
+    kinds = structure.kinds
     if request.by not in MEASURED:
         kept = choose(of_no_worth(checkpoint, structure, own), WAYS[request.by], kinds, student_kinds, sizes)
         return {"kept": kept.to_json(), "norm_factors": {}}
@@ -282,6 +281,12 @@ class Source:
                     self.places[layer, part] = where, (slice(None),) * structure.scan_axis + (i, ...), dtype
             else:
                 self.places[layers, part] = where, (...,), dtype
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which checkpoint it is: another at the same path is not gone on with."""
+        index = (self.folder / "_METADATA").stat()
+        return {"teacher": str(self.folder), "teacher_index": [index.length, index.mtime]}
 
     def read(self, name: Name) -> np.ndarray:
         where, region, _ = self.places[name]

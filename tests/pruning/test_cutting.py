@@ -41,6 +41,13 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def trained(once, train):
+    """The `checkpoints` folder of the tiny teacher that other tests share."""
+    runs = once("dense", lambda folder: train("teacher", init_weights_seed=7, base_output_directory=folder))
+    return runs / "teacher/checkpoints"
+
+
+@pytest.fixture(scope="module")
 def settings(base):
     """Of a training whose rows the teacher reads."""
     return [*cuts.rows(base), "sparse_matmul=false", "megablox=false"]
@@ -230,6 +237,15 @@ def test_an_interrupted_cut_looks_like_none_and_goes_on_to_the_same_student(
     cuts.assert_equal(cuts.arrays(out), cuts.arrays(uninterrupted[0]))
     assert (out / "cut.json").read_bytes() == (uninterrupted[0] / "cut.json").read_bytes()
     assert {path.name for path in out.iterdir()} == {"0", "cut.json"}
+
+
+def test_the_last_checkpoint_of_a_run_is_a_teacher_when_its_name_is_given(trained, tmp_path):
+    options = ["--model-name", "tiny-llama", "--layers", "1", "--by", "first"]
+    cuts.cut(trained, tmp_path / "out", *options)
+    whole = cuts.arrays(trained, step=5)
+    for path, array in cuts.arrays(tmp_path / "out").items():
+        expected = whole[path][:, :1] if path[1] == "layers" else whole[path]
+        np.testing.assert_array_equal(array, expected, err_msg="/".join(path))
 
 
 def test_the_tokenizer_comes_along(teacher, tmp_path):

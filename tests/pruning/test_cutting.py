@@ -151,6 +151,7 @@ def test_neurons_whose_output_is_0_are_no_loss_by_any_number_of_layers(name, set
     np.testing.assert_allclose(cuts.logits(tmp_path / "out"), cuts.logits(whole), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_whose_parts_stand_in_another_order_is_cut_alike(settings, tmp_path):
     generator = np.random.default_rng(1)
     orders: dict[Any, np.ndarray] = {}
@@ -210,7 +211,7 @@ def test_no_more_is_in_memory_than_a_layer_of_an_array_or_the_table(
     cuts.assert_equal(cuts.arrays(tmp_path / "out"), cuts.arrays(uninterrupted[0]))
 
 
-@pytest.mark.parametrize("change", ["none", "sizes"])
+@pytest.mark.parametrize("change", ["none", pytest.param("sizes", marks=pytest.mark.slow)])
 def test_an_interrupted_cut_looks_like_none_and_goes_on_to_the_same_student(
     change, teacher, uninterrupted, settings, tmp_path, monkeypatch
 ):

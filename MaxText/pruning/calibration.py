@@ -9,7 +9,9 @@ by the tokens that are routed to them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import absl.flags
@@ -20,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from MaxText import upstream
 from MaxText.config import resolve
-from MaxText.config.keys import ConfigError
+from MaxText.config.keys import ConfigError, Distillation
 from MaxText.config.teacher import resolve_teacher
 from MaxText.data import iterators, once, tokens
 from MaxText.models import teacher as teacher_lib
@@ -29,6 +31,7 @@ from MaxText.pruning.choice import Module, Scored
 from MaxText.pruning.structure import Path, Structure
 from MaxText.pruning.target import Model
 
+Batch = dict[str, np.ndarray]
 Norm = tuple[int | None, Path]  # a layer of the teacher, None for the last norm, and the path of its scale
 
 
@@ -88,7 +91,7 @@ def measure(
         mesh = upstream.maxtext_utils.get_mesh_from_config(config)
         loaded = teacher_lib.load(teacher_config, checkpoint, mesh, kd.kd_teacher_dtype, kd.kd_vocab_size)
         batches = read(config, mesh, asked.rows)
-        return over(batches, config, kd, loaded, mesh, structure, asked.by_loss, console)
+        return over(batches, kd, loaded, mesh, structure, asked.by_loss, console)
 
 
 def forced(teacher: Model, checkpoint: teacher_lib.Checkpoint) -> list[str]:
@@ -104,7 +107,7 @@ def forced(teacher: Model, checkpoint: teacher_lib.Checkpoint) -> list[str]:
     return [f"{key}={value}" for key, value in keys.items()]
 
 
-def read(config: Any, mesh: jax.sharding.Mesh, rows: int) -> list[dict[str, np.ndarray]]:
+def read(config: Any, mesh: jax.sharding.Mesh, rows: int) -> list[Batch]:
     """The first batches of the data for training that hold so many rows; padding fills the last."""
     found, left = [], rows
     for batch, _ in once.batches(config, "train", once.opened(config, mesh)["train"], None):
@@ -119,9 +122,8 @@ def read(config: Any, mesh: jax.sharding.Mesh, rows: int) -> list[dict[str, np.n
 
 
 def over(
-    batches: list[dict[str, np.ndarray]],
-    config: Any,
-    kd: Any,
+    batches: list[Batch],
+    kd: Distillation,
     teacher: teacher_lib.Teacher,
     mesh: jax.sharding.Mesh,
     structure: Structure,
@@ -129,43 +131,46 @@ def over(
     console: Console,
 ) -> Measured:
     """What the teacher does with the batches."""
-    observe = observed.jitted(config, kd, teacher, mesh, observes=True)
-    total: observed.Seen = {}
-    ce_sum = n = 0.0
-    passes = len(batches) * (1 + structure.layers * by_loss)
+    passes, quiet = len(batches) * (1 + structure.layers * by_loss), not console.is_terminal
     columns = TextColumn("reading rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-        jax.set_mesh(mesh),
-    ):
-        task = bar.add_task("", total=passes)
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar, jax.set_mesh(mesh):
+        advance = functools.partial(bar.advance, bar.add_task("", total=passes))
+        observe = observed.jitted(kd, teacher, mesh, observes=True)
+        total: observed.Seen = {}
+        ce_sum = n = 0.0
         for batch in batches:
             ce, count, reported = observe(teacher.state, batch)
             found = observed.by_layer(structure, reported)
             total = {key: total.get(key, 0) + value for key, value in found.items()}
             ce_sum, n = ce_sum + float(ce), n + float(count)
-            bar.advance(task)
-        turned = np.array([total_of(total, layer, "turned") for layer in range(structure.layers)]) / max(n, 1)
-        worth = turned
+            advance()
+        if not n or not math.isfinite(ce_sum) or not all(np.isfinite(value).all() for value in total.values()):
+            ce = ce_sum / max(n, 1)
+            raise ConfigError(f"--teacher: its cross-entropy on {n:.0f} tokens is {ce}: nothing can be measured")
+        worth = np.array([float(total[layer, (), "turned"]) for layer in range(structure.layers)])
         if by_loss:
-            loss = observed.jitted(config, kd, teacher, mesh, observes=False)
-            worth = np.zeros(structure.layers)
-            for layer in range(structure.layers):
-                state = observed.without(teacher.state, structure, layer)
-                for batch in batches:
-                    worth[layer] += float(loss(state, batch)[0])
-                    bar.advance(task)
-            worth = (worth - ce_sum) / max(n, 1)
-    if not n or not math.isfinite(ce_sum) or not all(np.isfinite(value).all() for value in total.values()):
-        raise ConfigError(
-            f"--teacher: its cross-entropy on {n:.0f} tokens is {ce_sum / max(n, 1)}: nothing can be measured"
-        )
+            worth = losses_without(batches, kd, teacher, mesh, structure, advance) - ce_sum
     rows = sum(int((batch["targets_segmentation"] != 0).any(axis=1).sum()) for batch in batches)
-    return Measured(scored(total, worth), unscaled(total, n), ce_sum / n, rows, int(n))
+    return Measured(scored(total, worth / n), unscaled(total, n), ce_sum / n, rows, int(n))
 
 
-def total_of(total: observed.Seen, layer: int, what: str) -> float:
-    return float(total[layer, (), what])
+def losses_without(
+    batches: list[Batch],
+    kd: Distillation,
+    teacher: teacher_lib.Teacher,
+    mesh: jax.sharding.Mesh,
+    structure: Structure,
+    advance: Callable[[], None],
+) -> np.ndarray:
+    """The summed cross-entropy of the teacher without each of its layers."""
+    loss = observed.jitted(kd, teacher, mesh, observes=False)
+    found = np.zeros(structure.layers)
+    for layer in range(structure.layers):
+        state = observed.without(teacher.state, structure, layer)
+        for batch in batches:
+            found[layer] += float(loss(state, batch)[0])
+            advance()
+    return found
 
 
 def scored(total: observed.Seen, worth: np.ndarray) -> Scored:

@@ -20,6 +20,7 @@ from flax.core.spmd import logical_axis_rules
 from jaxtyping import Array, Bool, Float
 
 from MaxText import upstream
+from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens
 from MaxText.loop.step import forward
@@ -40,7 +41,7 @@ def watch(model: nnx.Module, counts: Bool[Array, "B L"], experts_per_token: int)
     }
     for path, module in nnx.iter_graph(model):
         observe = classes.get(type(module))
-        if path and path[-1] in LAST:
+        if path and path[-1] in LAST and isinstance(module, nnx.Module):  # experts' are arrays
             observe = functools.partial(inputs_seen, counts)
         elif has_attention(module):
             observe = functools.partial(layer_seen, counts)
@@ -135,7 +136,7 @@ def cosine_distance(x: Float[Array, "B L D"], y: Float[Array, "B L D"]) -> Float
 # Sums -----------------------------------------------------------------------------------------------------------------
 
 
-def jitted(config: Any, kd: Any, teacher: Teacher, mesh: jax.sharding.Mesh, *, observes: bool) -> Callable[..., Any]:
+def jitted(kd: Distillation, teacher: Teacher, mesh: jax.sharding.Mesh, *, observes: bool) -> Callable[..., Any]:
     """(teacher's state, batch) -> sums of cross-entropy and of tokens that count; and what modules report, by path."""
 
     def function(state: nnx.State, batch: Batch) -> tuple[Array, Array, dict[Path, Array]]:

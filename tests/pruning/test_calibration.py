@@ -107,8 +107,8 @@ def test_a_layer_that_turns_its_input_around_is_the_farthest_and_one_that_does_n
     np.testing.assert_allclose(distances, [0, 0, 0.5, 2], atol=1e-6)
 
 
-def test_no_more_rows_are_read_than_asked(settings, base):
-    asked = calibration.Asked(settings, 5, False)
+def test_no_more_rows_are_read_than_asked_by_a_machine_with_fewer_devices_than_the_settings_want(settings, base):
+    asked = calibration.Asked([*settings, "ici_fsdp_parallelism=32"], 5, False)
     checkpoint = teacher_lib.find_checkpoint(str(base / "teacher"))
     model = target.teacher_of(checkpoint.root, "", None)
     structure = structure_of(shapes.maxtext_config(model.preset, model.overrides, True))

@@ -22,9 +22,11 @@ ROOMS: dict[str, set[str]] = {
     "reports": {"config", "upstream", "console"},
     "sweeps": {"config", "upstream", "console"},
     "cluster": {"config", "upstream", "console"},
-    "huggingface": {"models", "config", "upstream", "console"},
+    "checkpoints": {"config", "upstream", "console"},
+    "huggingface": {"checkpoints", "models", "config", "upstream", "console"},
     "loop": {"chips", "models", "distill", "data", "cache", "config", "upstream", "console"},
 }
+ROOMS["pruning"] = set(ROOMS) - {"text", "reports", "sweeps", "cluster"}
 BELOW = set(ROOMS)
 ROOMS |= {
     "train": BELOW,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,22 +16,17 @@ import numpy as np
 import safetensors
 from etils import epath, epy
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from MaxText import upstream
-from MaxText.config.keys import ConfigError
+from MaxText.checkpoints import writing
+from MaxText.checkpoints.stacked_arrays import Shape, Stacked
 from MaxText.console import RunError, first_line
 from MaxText.huggingface import presets, shapes, source, tensors, tokenizer, weights
-from MaxText.huggingface.stacked_arrays import Pending, Shape, Stacked, stored_by_piece, written_by_piece
 
 with epy.lazy_imports():
     import transformers  # after upstream has quietened it
-    from orbax.checkpoint.experimental import v1 as ocp
 
 SHOWN = 5  # tensors that are not used are named up to so many
-BATCH = 1 << 28  # bytes of small arrays that are written at once
-PARTIAL = "unfinished.partial_save"  # how Orbax calls the unfinished checkpoint, and each write in it begins
-CHUNK = 1 << 27  # bytes of an array that are stored as one: who restores a shard reads the chunks that it touches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +80,9 @@ def convert(
     record = {"hf": hf, "model_name": preset, "overrides": changed, "dtype": dtype}
     record |= {"scan_layers": config.scan_layers, "files": source.source_files(folder)}
     try:
-        written = begin(output, record)
+        written = writing.begin(output, "conversion.json", record)
         tokenizer.copy_files(epath.Path(folder), output / "tokenizer")
-        save(output, arrays, written, config, console)
+        writing.save(output, arrays, written, config, console, "converting")
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # tensorstore's are of the second kind
         reason = first_line(error)
         raise RunError(f"{output}: not converted ({reason}); the same command goes on from here") from error
@@ -130,92 +123,3 @@ def stacked_axes(key: str, names: Any, shape: Shape, config: Any) -> tuple[int, 
     depth = upstream.hf_utils.nesting_depth(names)
     scanned = config.scan_layers and len(shape) > config.param_scan_axis and not key.startswith(weights.BIASES)
     return (config.param_scan_axis,) if depth == 1 and scanned else tuple(range(depth))
-
-
-# The checkpoint -------------------------------------------------------------------------------------------------------
-
-
-def begin(output: epath.Path, record: dict[str, Any]) -> set[tuple[str, ...]]:
-    """Makes the output's folder -> paths of the arrays that an interrupted conversion by the same record left there.
-
-    Raises:
-      ConfigError: the folder holds anything else.
-    """
-    file = output / "conversion.json"
-    if (output / "0").exists():
-        raise ConfigError(f"--output {str(output)!r}: holds a checkpoint already; take another folder")
-    if output.exists() and not file.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {str(output)!r}: exists and is not empty; take another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2) + "\n"
-    written = resume(output / PARTIAL) if file.exists() and file.read_text() == text else set()
-    if not written:
-        for left in output.glob("unfinished*"):
-            left.rmtree()
-    file.write_text(text)
-    return written
-
-
-def resume(partial: epath.Path) -> set[tuple[str, ...]]:
-    """Paths of the arrays in an unfinished checkpoint, from which the write that was cut off is removed.
-
-    Empty where there is no such checkpoint, or one that was cut off while its writes were being made into one.
-    """
-    writes = list(partial.iterdir()) if partial.exists() else []
-    if not all(write.name.startswith(PARTIAL) for write in writes):
-        return set()
-    written = set()
-    for write in writes:
-        if (write / "commit_success.txt").exists():
-            arrays = json.loads((write / "state" / "_METADATA").read_text())["tree_metadata"].values()
-            written |= {tuple(part["key"] for part in array["key_metadata"]) for array in arrays}
-        else:
-            write.rmtree()
-    return written
-
-
-def batches(arrays: list[tuple[Any, Stacked]]) -> Iterator[list[tuple[Any, Stacked]]]:
-    """Runs of arrays of at most BATCH bytes; a larger array is alone."""
-    batch: list[tuple[Any, Stacked]] = []
-    size = 0
-    for path, array in arrays:
-        if batch and size + array.nbytes > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append((path, array))
-        size += array.nbytes
-    if batch:
-        yield batch
-
-
-def save(
-    output: epath.Path, arrays: list[tuple[Any, Stacked]], written: set[tuple[str, ...]], config: Any, console: Console
-) -> None:
-    """Writes the arrays as <output>/0/items, which appears when it is whole; those in `written` lie there already."""
-    left = [(path, array) for path, array in arrays if tuple(part.key for part in path) not in written]
-    if written:
-        console.print(f"going on: {len(arrays) - len(left)} of {len(arrays)} arrays were written before")
-    unfinished = output / "unfinished"
-    context = upstream.checkpoint_context.build_context(
-        use_ocdbt=config.checkpoint_storage_use_ocdbt,
-        use_zarr3=config.checkpoint_storage_use_zarr3,
-        ocdbt_target_data_file_size_bytes=CHUNK,
-    )
-    context.memory.deepcopy_host_arrays = False
-    context.array.saving.scoped_storage_options_creator = stored_by_piece
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with context, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=sum(array.nbytes for _, array in left))
-        with written_by_piece(functools.partial(bar.advance, task)):
-            for batch in batches(left):
-                tree: dict[str, Any] = {}
-                for path, array in batch:
-                    *parents, last = (part.key for part in path)
-                    node = tree
-                    for parent in parents:
-                        node = node.setdefault(parent, {})
-                    node[last] = Pending.of(array) if array.nbytes > BATCH else array.whole()
-                ocp.partial.save(unfinished, tree, custom_metadata={"scan_layers": config.scan_layers})
-        ocp.partial.finalize(unfinished)
-    (unfinished / "state").rename(unfinished / "items")  # orbax's name for a single tree; MaxText looks for its own
-    unfinished.rename(output / "0")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from MaxText import upstream
+from MaxText.checkpoints.stacked_arrays import Shape
 from MaxText.config import resolve
-from MaxText.huggingface.stacked_arrays import Shape
 
 # Settings that say nothing of a model: for this machine, without data.
 NEUTRAL = {

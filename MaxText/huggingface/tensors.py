@@ -14,9 +14,9 @@ import numpy as np
 import safetensors
 from etils import epy
 
+from MaxText.checkpoints.stacked_arrays import Shape
 from MaxText.config.keys import ConfigError
 from MaxText.console import first_line
-from MaxText.huggingface.stacked_arrays import Shape
 from MaxText.huggingface.weights import PREFIXES, spellings
 
 with epy.lazy_imports():

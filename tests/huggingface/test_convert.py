@@ -27,11 +27,11 @@ from orbax.checkpoint.experimental import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from MaxText import upstream
+from MaxText.checkpoints import writing
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError
-from MaxText.huggingface import convert as convert_lib
 from MaxText.huggingface import presets, shapes
 from MaxText.huggingface.architecture import architecture, configuration
 from MaxText.huggingface.families import GROUPS
@@ -172,8 +172,8 @@ def test_gemmas_table_is_exact_and_maxtexts_head_rounds_it_to_bfloat16(teachers)
 
 def test_several_files_and_several_writes_are_the_same_checkpoint(base, teachers, monkeypatch):
     golden.write("llama3", base / "files_hf", files=3)
-    monkeypatch.setattr(convert_lib, "BATCH", 20_000)
-    monkeypatch.setattr(convert_lib, "CHUNK", 4096)
+    monkeypatch.setattr(writing, "BATCH", 20_000)
+    monkeypatch.setattr(writing, "CHUNK", 4096)
     convert(base / "files_hf", base / "files", PRESETS["llama3"])
     assert_equal(arrays(base / "files"), arrays(teachers("llama3")))
     index = ocp.metadata(base / "files/0", checkpointable_name="items").metadata
@@ -592,8 +592,8 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
     change, tmp_path, teachers, monkeypatch
 ):
     """It fails in its third write, and leaves a fourth that is not whole."""
-    monkeypatch.setattr(convert_lib, "BATCH", 20_000)
-    write = convert_lib.ocp.partial.save
+    monkeypatch.setattr(writing, "BATCH", 20_000)
+    write = writing.ocp.partial.save
     written: list[int] = []  # arrays in each write
 
     def failing(path: Any, tree: Any, **options: Any) -> None:
@@ -604,12 +604,12 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
 
     source = shutil.copytree(teachers("llama3").with_name("llama3_hf"), tmp_path / "hf")
     with monkeypatch.context() as patch:
-        patch.setattr(convert_lib.ocp.partial, "save", failing)
+        patch.setattr(writing.ocp.partial, "save", failing)
         with pytest.raises(RunError, match=r"No space left on device.*goes on from here"):
             convert(source, tmp_path / "mt", PRESETS["llama3"])
     with pytest.raises(ConfigError, match="no MaxText checkpoint"):
         teacher_lib.find_checkpoint(str(tmp_path / "mt"))
-    before, unfinished = sum(written), tmp_path / "mt" / convert_lib.PARTIAL
+    before, unfinished = sum(written), tmp_path / "mt" / writing.PARTIAL
     whole_write = min(unfinished.iterdir())
     cut_off = shutil.copytree(
         whole_write, unfinished / f"{whole_write.name}.orbax-checkpoint-tmp"
@@ -627,7 +627,7 @@ def test_an_interrupted_conversion_looks_like_none_and_goes_on_with_the_same_sou
         options = ["--dtype", "bfloat16"]
     written.clear()
     monkeypatch.setattr(
-        convert_lib.ocp.partial,
+        writing.ocp.partial,
         "save",
         lambda path, tree, **options: (write(path, tree, **options), written.append(len(jax.tree.leaves(tree)))),
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
-from MaxText.huggingface.stacked_arrays import Pending, Stacked, stored_by_piece, written_by_piece
+from MaxText.checkpoints.stacked_arrays import Pending, Stacked, stored_by_piece, written_by_piece
 
 LAYERS = [f"layer{i}" for i in range(3)]
 EXPERTS = [[f"expert{e}_layer{i}" for i in range(3)] for e in range(2)]

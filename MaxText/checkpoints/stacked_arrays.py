@@ -23,7 +23,7 @@ with epy.lazy_imports():
     from orbax.checkpoint.experimental import v1 as ocp
 
 Shape = tuple[int, ...]
-Region = tuple[int | slice, ...]
+Region = tuple[Any, ...]  # of integers, slices and an ellipsis
 
 
 @dataclasses.dataclass(frozen=True)

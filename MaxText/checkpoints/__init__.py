@@ -1,0 +1,1 @@
+"""Checkpoints of parameters alone, read and written array by array."""

@@ -1,0 +1,1 @@
+"""A student cut from its teacher: what is kept of it, and why."""

@@ -127,7 +127,7 @@ def table(found: dict[str, list[Outcome]], title: str) -> Table:
     view = Table(title=title, title_justify="left", title_style="bold")
     rows = lines(found)
     for heading in ("", *next(iter(rows.values()))):
-        view.add_column(heading, justify="right" if heading else "left")
+        view.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, row in rows.items():
         view.add_row(name, *row.values())
     return view

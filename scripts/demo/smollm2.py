@@ -42,7 +42,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     given = parse()
-    console, start = Console(highlight=False, soft_wrap=True), time.monotonic()
+    width = None if sys.stdout.isatty() else 160  # a file has room for the table
+    console, start = Console(highlight=False, soft_wrap=True, width=width), time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
     named = os.path.abspath(given.hf) if os.path.exists(given.hf) else given.hf  # a folder, or a name on the hub
     hf = named or str(published(OUT).relative_to(ROOT))

@@ -104,7 +104,7 @@ def cells(found: list[Outcome], budget: float) -> dict[str, str]:
     last: Callable[[str], list[Any]] = lambda name: [getattr(each, name) for each in found]  # noqa: E731
     return {
         "CE": spread([each.ce[-1] for each in found], "{:.3f}"),
-        f"CE at {budget / 1e12:.0f} TFLOP": spread([at_flops(each, budget) for each in found], "{:.3f}"),
+        f"CE at {budget / 1e12:.3g} TFLOP": spread([at_flops(each, budget) for each in found], "{:.3f}"),
         "KL to teacher": spread(last("kl"), "{:.3f}"),
         "tokens": spread(last("tokens"), "{:,.0f}"),
         "student, TFLOP": spread([each.of_student / 1e12 for each in found], "{:.1f}"),
@@ -127,7 +127,7 @@ def table(found: dict[str, list[Outcome]], title: str) -> Table:
     view = Table(title=title, title_justify="left", title_style="bold")
     rows = lines(found)
     for heading in ("", *next(iter(rows.values()))):
-        view.add_column(heading, justify="right" if heading else "left")
+        view.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, row in rows.items():
         view.add_row(name, *row.values())
     return view

@@ -71,12 +71,12 @@ class Plan:
 
     teacher: Run
     caches: tuple[Run, ...]
-    cuts: tuple[Run, ...]
+    cut: Run
     students: tuple[Student, ...]
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        return (self.teacher, *self.caches, *self.cuts, *self.students)
+        return (self.teacher, *self.caches, self.cut, *self.students)
 
 
 def conversion(hf: str) -> Run:
@@ -106,8 +106,8 @@ def cut_from(teacher: Run) -> Run:
     return Making("cut", "cut", "", options, CUTTER, OUT, (teacher,))
 
 
-def plan(hf: str, steps: int, seeds: int, *, cuts: bool = (ROOT / CUTTER).exists()) -> Plan:
-    """The runs for a teacher in the folder, or of the name on the hub, `hf`; students are cut from it if `cuts`."""
+def plan(hf: str, steps: int, seeds: int) -> Plan:
+    """The runs for a teacher in the folder, or of the name on the hub, `hf`."""
     teacher = conversion(hf)
     rows = steps * BATCH
     sampled = cache("sampled", teacher, rows)
@@ -124,10 +124,9 @@ def plan(hf: str, steps: int, seeds: int, *, cuts: bool = (ROOT / CUTTER).exists
         student("cut_kd", "cut + KD, 50 draws", sampled, *CUT),
         student("cut_wsd", "cut + KD, WSD alpha", sampled, *CUT, *WSD),
     )
-    begun = (cut_student(kind, cut) if set(CUT) <= set(kind.overrides) else kind for kind in kinds)
-    wanted = [kind for kind in begun if cuts or cut not in kind.after]
-    students = tuple(of_seed(kind, steps, seed) for kind in wanted for seed in range(seeds))
-    return Plan(teacher, (sampled, top_k), (cut,) if cuts else (), students)
+    begun = [cut_student(kind, cut) if set(CUT) <= set(kind.overrides) else kind for kind in kinds]
+    students = tuple(of_seed(kind, steps, seed) for kind in begun for seed in range(seeds))
+    return Plan(teacher, (sampled, top_k), cut, students)
 
 
 def student(kind: str, title: str, source: Run, *overrides: str, read_for: int = 1) -> Student:

@@ -14,7 +14,7 @@ from carry import Run, fingerprint
 from test_demo import rows_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-PLAN = plan.plan("runs/smollm2/hf", steps=10, seeds=2, cuts=True)
+PLAN = plan.plan("runs/smollm2/hf", steps=10, seeds=2)
 SENTENCE = "Of package {package} this is line {line}, which says a few words.\n"
 LICENCE = "Permission is hereby granted, free of charge, to any person.\n"
 

@@ -49,7 +49,6 @@ class _Static:
     block_size: int
     pool: Pool
     sums: tuple[str, ...]  # those of KDSums that are known
-    temperature: float | None  # where it is a number
 
 
 def blockwise_kd(
@@ -78,8 +77,9 @@ def blockwise_kd(
             share has the precision that the derivative of its projection gives it.
         teacher: what is known of its distribution, logits or what was stored of it. No gradient flows to it.
         tokens: targets and mask.
-        weights: alpha, temperature and the z-loss's weight. A temperature that is a number is static: at 1 the weights
-            of cross-entropy are those of the divergence, and half of the exponentials are taken.
+        weights: alpha, temperature and the z-loss's weight. A temperature that is a number is one in the
+            program, too: at 1 compilers see that cross-entropy's weights are the divergence's, and take half of the
+            exponentials.
         divergence: one of `divergences`. Static.
         block_size: tokens of a block. Memory is about three float32 arrays of [block_size, V], four with top_p. Static.
         evaluation: also take kl_t1_sum and agreement_sum, where the teacher's side knows them. Static.
@@ -106,8 +106,7 @@ def blockwise_kd(
     check_axes(asked.vocabulary, pool, student.head)
     size = student.vocabulary_size(asked.vocabulary)
     teacher.check(size, asked, weights.temperature)
-    number = weights.temperature if isinstance(weights.temperature, int | float) else None
-    static = _Static(asked, min(block_size, tokens.mask.shape[0]), pool, teacher.known_sums(size, asked), number)
+    static = _Static(asked, min(block_size, tokens.mask.shape[0]), pool, teacher.known_sums(size, asked))
     weights = Weights(*(jnp.asarray(weight, jnp.float32) for weight in weights))
     # A student's array that is the same on several devices gets the sum of their gradients. Without the marks jax would
     # take that sum in every block; with them, once after the walk.
@@ -144,8 +143,6 @@ def _walk(
 ) -> tuple[Float[Array, ""], KDSums, Projection | None]:
     """The objective and the sums over all valid tokens and, if asked, the objective's gradient for the student."""
     n, pool = static.block_size, static.pool
-    if static.temperature is not None:
-        weights = weights._replace(temperature=static.temperature)
     blocks = valid_first(tokens.mask, n)
     are_valid = blocks.are_valid
     targets = jnp.where(are_valid, tokens.targets[blocks.order], 0)

@@ -63,8 +63,7 @@ def crossing(
         bracket, keys = state
         for key, mass in zip(keys, vocabulary.sums(functools.partial(terms, keys), logits), strict=True):
             reaches = mass >= goal
-            # The sum over all tokens, in whatever order it was taken, reaches the goal.
-            is_first_not_to = ~reaches & (key > bracket.low) & (key < bracket.high)
+            is_first_not_to = ~reaches & (key < bracket.high)
             bracket = _Bracket(
                 low=jnp.where(reaches, jnp.maximum(bracket.low, key), bracket.low),
                 high=jnp.where(is_first_not_to, key, bracket.high),

@@ -176,3 +176,10 @@ def test_a_schedule_without_meaning_ends_with_a_message(case):
     with pytest.raises(ConfigError) as refused:
         resolve.initialize(["train.py", SMOKE, *KD, *arguments])
     assert all(part in str(refused.value) for part in parts), refused.value
+
+
+def test_a_temperature_that_stays_is_a_number_and_no_array():
+    """The compiler's then, who takes half of the exponentials where it is 1."""
+    run = resolve.initialize(["train.py", SMOKE, "run_name=test", *KD, "kd_temperature=2"])
+    assert schedules.build(run.kd, run.student).at(jnp.uint32(3))[1] == 2.0
+    assert isinstance(schedules.build(run.kd, run.student).at(jnp.uint32(3))[1], float)

@@ -144,6 +144,7 @@ class _Kind(NamedTuple):
         # Of zeros the negative ones would be ordered lower than the positive ones.
         logits = jnp.where(logits == 0.0, 0.0, logits)
         values, ids = vocabulary.top_k(logits, self.top_k)
+        values = values.astype(jnp.float32)  # differences of them are taken
         bound = KeptBound(values[:, -1:], ids[:, -1:])
 
         def outside(ids: Int[Array, "1 V"], logits: Float[Array, "n V"]) -> Float[Array, "n V"]:

@@ -167,3 +167,26 @@ def check_sharded_targets(_):
 @pytest.mark.slow
 def test_a_teacher_on_several_devices_gives_the_same():
     in_four_devices(check_sharded_targets, False)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_bfloat16_logits_store_what_their_float32_values_store(kind, temperature):
+    """As a teacher that computes in bfloat16 gives them: of its numbers nothing is rounded once more."""
+    _, _, hidden, head, tokens = problem()
+    logits = (8 * hidden @ head).astype(jnp.bfloat16)
+    rows, settings = jnp.eye(len(logits)), {"temperature": temperature, "block_size": 4, **kind}
+    drawn = offsets(len(logits)) if "draws" in kind else None
+
+    def stored(table):
+        return teacher_targets(
+            Projection(rows, table, lambda table, rows: table[jnp.argmax(rows, axis=-1)]),
+            tokens.mask,
+            tokens.targets,
+            drawn,
+            **settings,
+        )
+
+    got, expected = (jax.tree.leaves(jax.jit(stored)(table)) for table in (logits, logits.astype(jnp.float32)))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)  # -inf at masked tokens

@@ -438,3 +438,36 @@ def check_sharded_targets(_):
 
 def test_a_vocabulary_on_several_devices_gives_the_same():
     in_four_devices(check_sharded_targets, False)
+
+
+def look_up(table, hidden):
+    return table[jnp.argmax(hidden, axis=-1)]
+
+
+TAUGHT = (
+    *(("live", keep, strategy) for keep in ({}, {"top_k": 5}, {"top_p": 0.9}) for strategy in ("other_bucket",)),
+    *(("stored", {}, strategy) for strategy in TRUNCATION_STRATEGIES),
+)
+
+
+@pytest.mark.parametrize(("side", "keep", "strategy"), TAUGHT, ids=str)
+def test_bfloat16_logits_are_read_as_their_float32_values(side, keep, strategy):
+    """Nothing between the head and the sums rounds to bfloat16 once more."""
+    student_hidden, student_head, teacher_hidden, teacher_head, tokens = problem()
+    rows = jnp.eye(N)
+    student, teacher = (
+        (8 * x @ y).astype(jnp.bfloat16) for x, y in ((student_hidden, student_head), (teacher_hidden, teacher_head))
+    )
+
+    def sums(dtype):
+        if side == "live":
+            guide = LiveTeacher(Projection(rows, teacher.astype(dtype), look_up), **keep)
+        else:
+            guide = stored_top_k(teacher.astype(jnp.float32), tokens.targets, k=K, temperature=1.0)
+        settings = {"divergence": FORWARD_KL[strategy], "block_size": 8, "evaluation": True}
+        weights = Weights(ALPHA, 1.0, Z_WEIGHT)
+        return jax.jit(
+            lambda table: blockwise_kd(Projection(rows, table, look_up), guide, tokens, weights, **settings)
+        )(student.astype(dtype))
+
+    assert_equal(sums(jnp.bfloat16), sums(jnp.float32), 1e-6)

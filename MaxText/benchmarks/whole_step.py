@@ -52,6 +52,7 @@ def run_settings(sizes: Sizes, tokens: int, vocabulary: int, smoke: Path, folder
         "kd_alpha": programs.ALPHA,
         "kd_temperature": programs.TEMPERATURE,
         "kd_block_mib": sizes.block_mib,
+        "dtype": sizes.dtype,
     }
     return resolve.initialize(["train.py", str(smoke), *(f"{key}={value}" for key, value in keys.items())])
 

@@ -70,7 +70,7 @@ def differences(before: dict[str, Files], now: dict[str, Files]) -> list[str]:
     """What changed of the files, a line for each split; that an evaluation was begun or left off is none."""
     lines = []
     for split, title in (("train", "training"), ("eval", "evaluation")):
-        old, new = before.get(split, {}), now[split]
+        old, new = before.get(split, {}), now.get(split, {})
         names = sorted(old.keys() | new.keys())
         others = [name for name in names if described(old, name) != described(new, name)]
         if others and (split == "train" or (old and new)):

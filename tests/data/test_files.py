@@ -101,3 +101,12 @@ def test_a_manifest_older_than_the_list_of_files_is_held_to_the_rest(begun, shar
     begun.file.write_text(json.dumps({"settings": {"use_kd": False}}))
     begun(shards)
     assert json.loads(begun.file.read_text())["data"]["train"] == TRAIN
+
+
+def test_evaluations_that_are_begun_or_left_off_are_no_other_files() -> None:
+    """A cache that no evaluation reads is listed without a split for them."""
+    alone, both = {"train": {"a": "0" * 64}}, {"train": {"a": "0" * 64}, "eval": {"b": "1" * 64}}
+    for before, now in ((alone, alone), (alone, both), (both, alone), (both, both)):
+        assert files.differences(before, now) == []
+    (line,) = files.differences(both, both | {"eval": {"b": "2" * 64}})
+    assert line.startswith("evaluation files: 1 of 1 differ")

@@ -109,7 +109,9 @@ def test_students_differ_in_what_they_learn_from_and_how_they_begin_alone() -> N
     assert differences(sampled, of_kind("kd_top_k")) == {"kd_cache_path", "kd_top_k"} | truncated
     assert differences(of_kind("kd_full"), of_kind("kd_top_p")) == {"kd_top_p"} | truncated
     teacher = {"kd_teacher_parameters_path", "kd_teacher_model_name"}
-    assert differences(sampled, of_kind("kd_full")) == {"kd_cache_path"} | teacher
+    assert differences(sampled, of_kind("kd_full")) == {"kd_cache_path", "eval_interval"} | teacher
+    alone = {"use_kd", "kd_embedding_std", "grain_train_files", "steps", "eval_interval", "checkpoint_period"}
+    assert differences(of_kind("ce"), of_kind("ce_long")) == {"kd_cache_path", "kd_alpha"} | alone
 
 
 def test_all_students_but_the_longer_one_read_the_rows_of_the_caches_once() -> None:

@@ -202,13 +202,12 @@ def rows_of(
     **settings: Any,
 ) -> Any:
     """In the place of the engine's `get_datasets`: the rows that this host reads, in the order in which it does."""
-    source = decoding.StudentRows(cached.folder, split, slots=cached.slots, vocabulary=cached.vocabulary)
-    dataset = grain.MapDataset.source(source)
-    if split == "train" and cached.rows:
-        dataset = dataset[: cached.rows]
+    first = cached.rows if split == "train" else 0
+    kept = {"slots": cached.slots, "vocabulary": cached.vocabulary}
+    source = decoding.StudentRows(cached.folder, split, first=first, hosts=dataloading_host_count, **kept)
     order = {name: settings[name] for name in ("shuffle", "shuffle_seed", "num_epoch", "grain_num_threads")}
     return upstream.grain_data_processing._apply_mapdataset_transforms(
-        dataset=dataset,
+        dataset=grain.MapDataset.source(source),
         dataloading_host_index=dataloading_host_index,
         dataloading_host_count=dataloading_host_count,
         grain_prefetch_buffer_size=min(grain_prefetch_buffer_size, buffered),

@@ -65,6 +65,20 @@ def test_grain_reads_rows_in_any_order_as_a_batch_has_them(folder):
     }
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+def test_hosts_have_the_same_number_of_rows_and_together_each_row_once(folder, hosts):
+    """A host with a batch less would leave the others waiting in their last step."""
+    import grain
+
+    rows = StudentRows(folder, "train", first=5, hosts=hosts, slots=9, vocabulary=teacher_rows.VOCABULARY)
+    shuffled = grain.MapDataset.source(rows).shuffle(seed=1)
+    shares = [list(shuffled[host::hosts]) for host in range(hosts)]
+    assert {len(share) for share in shares} == {-(-5 // hosts)}
+    read = [row for share in shares for row in share if row["targets_segmentation"].any()]
+    assert sorted(int(row["inputs"][0]) for row in read) == sorted(int(each.inputs[0]) for each in ROWS[:5])
+    assert len({tuple((name, x.shape, x.dtype) for name, x in row.items()) for share in shares for row in share}) == 1
+
+
 def test_a_worker_that_decodes_imports_no_engine():
     code = (
         "import MaxText.cache.decoding, sys; sys.exit(any(name in sys.modules for name in ('jax', 'maxtext', 'grain')))"

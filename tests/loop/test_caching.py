@@ -351,13 +351,14 @@ def test_on_four_devices_the_same_likeliest_tokens_are_stored_as_on_one(keys, tm
 
 
 @pytest.mark.slow
-def test_two_processes_store_what_one_does(cache, keys, tmp_path):
+def test_two_processes_store_what_one_does_and_both_compare_it(cache, keys, tmp_path):
     own = {"per_device_batch_size": 1, "kd_cache_path": tmp_path / "cache", "run_name": "both"}
-    test_processes.two_processes(
-        tmp_path, *(f"{key}={value}" for key, value in (keys | own).items()), program=caches.PROGRAM
-    )
+    arguments = [f"{key}={value}" for key, value in (keys | own).items()]
+    test_processes.two_processes(tmp_path, *arguments, program=caches.PROGRAM)
     for split in ("train", "eval"):
         assert_same_records(by_tokens(caches.rows(tmp_path / "cache", split)), by_tokens(caches.rows(cache, split)))
+    told, _ = test_processes.two_processes(tmp_path, *arguments, "kd_cache_verify=true", program=caches.PROGRAM)
+    assert "the cache is what its teacher says" in told
 
 
 # Compared with its teacher --------------------------------------------------------------------------------------------

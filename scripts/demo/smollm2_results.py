@@ -99,12 +99,22 @@ def at_flops(found: Outcome, flops: float) -> float | None:
     return None if flops < found.flops[0] else float(np.interp(flops, found.flops, found.ce))
 
 
-def cells(found: list[Outcome], budget: float) -> dict[str, str]:
+def tokens_to(found: Outcome, ce: float) -> float | None:
+    """The tokens that it took to this cross-entropy, between evaluations; None where it never came there."""
+    down = next((at for at, value in enumerate(found.ce) if value <= ce), None)
+    if down is None:
+        return None
+    near = slice(max(down - 1, 0), down + 1)  # np.interp wants rising values
+    return float(np.interp(-ce, np.negative(found.ce[near]), found.steps[near])) * found.tokens / found.steps[-1]
+
+
+def cells(found: list[Outcome], budget: float, mark: float) -> dict[str, str]:
     """A line of the table."""
     last: Callable[[str], list[Any]] = lambda name: [getattr(each, name) for each in found]  # noqa: E731
     return {
         "CE": spread([each.ce[-1] for each in found], "{:.3f}"),
         f"CE at {budget / 1e12:.3g} TFLOP": spread([at_flops(each, budget) for each in found], "{:.3f}"),
+        f"tokens to CE {mark:.2f}": spread([tokens_to(each, mark) for each in found], "{:,.0f}"),
         "KL to teacher": spread(last("kl"), "{:.3f}"),
         "tokens": spread(last("tokens"), "{:,.0f}"),
         "student, TFLOP": spread([each.of_student / 1e12 for each in found], "{:.1f}"),
@@ -118,9 +128,15 @@ def budget_of(found: dict[str, list[Outcome]]) -> float:
     return min(each.flops[-1] for seeds in found.values() for each in seeds)
 
 
+def mark_of(found: dict[str, list[Outcome]]) -> float:
+    """What a fresh student of stored draws comes to; without one, the first of those that there are."""
+    by_kind = {seeds[0].student.kind: seeds for seeds in found.values()}
+    return statistics.fmean(each.ce[-1] for each in by_kind.get("kd_sampled", next(iter(found.values()))))
+
+
 def lines(found: dict[str, list[Outcome]]) -> dict[str, dict[str, str]]:
-    budget = budget_of(found)
-    return {title: cells(seeds, budget) for title, seeds in found.items()}
+    budget, mark = budget_of(found), mark_of(found)
+    return {title: cells(seeds, budget, mark) for title, seeds in found.items()}
 
 
 def table(found: dict[str, list[Outcome]], title: str) -> Table:

@@ -178,6 +178,15 @@ def test_at_equal_flops_a_curve_is_read_between_its_evaluations() -> None:
     assert results.at_flops(found, 9e12) == pytest.approx(6.0) and results.at_flops(found, 1e12) is None
 
 
+def test_the_tokens_to_a_cross_entropy_are_those_of_the_first_time_that_it_was_reached() -> None:
+    found = measured("ce")
+    found.ce[:] = [9.0, 5.0, 6.0]  # after 1, 2 and 4 steps of 1,000 tokens
+    assert results.tokens_to(found, 7.0) == pytest.approx(1500)
+    assert results.tokens_to(found, 9.5) == pytest.approx(1000)  # no earlier evaluation tells
+    assert results.tokens_to(found, 4.0) is None
+    assert results.mark_of({"CE": [found], "KD": [measured("kd_sampled")]}) == 5.0
+
+
 def test_the_table_has_a_line_a_kind_with_the_range_of_its_seeds(tmp_path: Path) -> None:
     found = {"CE": [measured("ce"), measured("ce")], "KD": [measured("kd_full")]}
     found["CE"][1].ce[-1] = 6.0

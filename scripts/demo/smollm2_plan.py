@@ -132,8 +132,14 @@ def plan(hf: str, steps: int, seeds: int) -> Plan:
         student("cut_wsd", "cut + KD, WSD alpha", sampled, *CUT, *WSD),
     )
     begun = [cut_student(kind, cut) if set(CUT) <= set(kind.overrides) else kind for kind in kinds]
-    students = tuple(of_seed(kind, steps, seed) for seed in range(seeds) for kind in begun)
-    return Plan(teacher, (sampled, top_k), cut, students)
+    students = [of_seed(kind, steps, seed) for seed in range(seeds) for kind in begun]
+    students.sort(key=lambda student: is_long(student) and not student.name.endswith("_0"))  # of further seeds at last
+    return Plan(teacher, (sampled, top_k), cut, tuple(students))
+
+
+def is_long(student: Student) -> bool:
+    """Whether it takes several times what those on stored targets do."""
+    return student.kind == "ce_long" or set(LIVE) <= set(student.overrides)
 
 
 def student(kind: str, title: str, source: Run, *overrides: str, read_for: int = 1) -> Student:

@@ -133,6 +133,12 @@ def test_each_seed_has_a_beginning_an_order_and_a_folder_of_its_own() -> None:
     assert len({student.folder for student in PLAN.students}) == len(PLAN.students)
 
 
+def test_what_takes_long_is_at_last_but_for_the_first_seed() -> None:
+    names = [student.name for student in PLAN.students]
+    assert sorted(names[-3:]) == ["ce_long_1", "kd_full_1", "kd_top_p_1"]
+    assert names.index("kd_full_0") < names.index("ce_1")
+
+
 def test_a_run_is_made_again_when_the_teacher_is_another_and_kept_when_there_are_more_seeds() -> None:
     def fingerprints(hf: str, seeds: int) -> dict[str, str]:
         return {run.name: fingerprint(run, ["corpus"]) for run in plan.plan(hf, 10, seeds).runs}

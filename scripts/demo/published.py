@@ -72,6 +72,7 @@ def published(folder: Path) -> Path:
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer(said).save(str(unfinished / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
+    described["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 gives others, which Llama refuses
     (unfinished / "tokenizer_config.json").write_text(json.dumps(described | ENDS, indent=2) + "\n")
     unfinished.rename(made)
     return made

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from MaxText.distill.divergences import Divergence, Logits, PerPosition, PerToken, Scale, Sums
-from MaxText.distill.kd_loss import KDSums
+from MaxText.distill.kd_loss import TERMS_AT_T1, KDSums
+from MaxText.distill.term_sums import divergence_of
 from MaxText.distill.truncation import KeptBound, Scalar
 from MaxText.distill.vocabulary import Vocabulary
 
@@ -45,7 +46,7 @@ class Weights(NamedTuple):
 class Asked(NamedTuple):
     """What is asked of every block; static.
 
-    evaluation: also take kl_t1_sum and agreement_sum, where the teacher's side knows them.
+    evaluation: also take the sums that only evaluations need, where the teacher's side knows them.
     """
 
     divergence: Divergence
@@ -126,6 +127,10 @@ class TeacherLogits(NamedTuple):
         return jnp.ones_like(logits, dtype=bool) if self.bound is None else self.bound.keeps(logits, ids)
 
 
+# What an evaluation sums besides the forward KL, at T = 1, where nothing is truncated.
+_AT_T1 = {name: divergence_of(term, "renormalize") for name, term in TERMS_AT_T1.items()}
+
+
 class _AtT1(NamedTuple):
     """What an evaluation sums besides, at T = 1, as arrays of tokens and as sums over them."""
 
@@ -142,6 +147,7 @@ class _Reduced(NamedTuple):
     sums: Sums
     shared_maximum: PerPosition | None  # the student's, among the tokens that both models have; for an evaluation
     at_t1: _AtT1 | None
+    others_at_t1: dict[str, tuple[Scale, Sums]]  # by name, of _AT_T1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,31 +178,47 @@ class LiveBlock(LossBlock):
 
     def _reduced(self) -> _Reduced:
         divergence, vocabulary, _ = self.student.asked
-        scale, shared_maximum = self._maxima()
+        scale, shared_maximum, scales_at_t1 = self._maxima()
 
-        def terms(logits: Logits) -> tuple[PerToken, PerToken, Sums, _AtT1 | None]:
+        def terms(logits: Logits) -> tuple[PerToken, PerToken, Sums, _AtT1 | None, dict[str, PyTree[PerToken]]]:
             p = jnp.exp(scale.log_weight(logits.teacher, scale.teacher))
             return (
                 jnp.exp(logits.student - scale.student),
                 jnp.exp(logits.teacher - scale.teacher),
                 Sums(p=p, p_kept=jnp.where(logits.is_kept, p, 0.0), own=divergence.terms(logits, scale)),
                 None if shared_maximum is None else _terms_at_t1(logits, scale, shared_maximum),
+                {name: _AT_T1[name].terms(_whole(logits), at_t1) for name, at_t1 in scales_at_t1.items()},
             )
 
-        student_total, teacher_total, sums, at_t1 = self._visit(vocabulary.sums, terms)
-        normalized = self._visit(vocabulary.sums, lambda logits: divergence.normalized_terms(logits, scale, sums))
+        student_total, teacher_total, sums, at_t1, others = self._visit(vocabulary.sums, terms)
+        sums_at_t1 = {name: Sums(p=teacher_total, p_kept=teacher_total, own=own) for name, own in others.items()}
+
+        def normalized_terms(logits: Logits) -> tuple[PyTree[PerToken] | None, dict[str, PyTree[PerToken]]]:
+            return divergence.normalized_terms(logits, scale, sums), {
+                name: _AT_T1[name].normalized_terms(_whole(logits), at_t1, sums_at_t1[name])
+                for name, at_t1 in scales_at_t1.items()
+            }
+
+        normalized, others = self._visit(vocabulary.sums, normalized_terms)
+        others_at_t1 = {
+            name: (at_t1, sums_at_t1[name]._replace(normalized=others[name])) for name, at_t1 in scales_at_t1.items()
+        }
         sums = sums._replace(normalized=normalized)
-        return _Reduced(scale, student_total, teacher_total, sums, shared_maximum, at_t1)
+        return _Reduced(scale, student_total, teacher_total, sums, shared_maximum, at_t1, others_at_t1)
 
-    def _maxima(self) -> tuple[Scale, PerPosition | None]:
+    def _maxima(self) -> tuple[Scale, PerPosition | None, dict[str, Scale]]:
+        """Of the divergence and, for an evaluation, of the student among the shared tokens and of the others."""
         divergence, vocabulary, evaluation = self.student.asked
+        others = _AT_T1 if evaluation else {}
 
-        def terms(logits: Logits) -> tuple[PerToken, PerToken, PyTree[PerToken], PerToken | None]:
+        def terms(logits: Logits) -> tuple[PerToken, PerToken, PyTree[PerToken], PerToken | None, dict[str, Any]]:
             shared = jnp.where(logits.is_shared, logits.student, -jnp.inf) if evaluation else None
-            return logits.student, logits.teacher, divergence.maxima(logits), shared
+            at_t1 = {name: other.maxima(_whole(logits)) for name, other in others.items()}
+            return logits.student, logits.teacher, divergence.maxima(logits), shared, at_t1
 
-        student, teacher, own, shared = finite(self._visit(vocabulary.maxima, terms))
-        return Scale(student, teacher, own, self.student.weights.temperature), shared
+        student, teacher, own, shared, at_t1 = finite(self._visit(vocabulary.maxima, terms))
+        scale = Scale(student, teacher, own, self.student.weights.temperature)
+        return scale, shared, {name: Scale(student, teacher, of_other, 1.0) for name, of_other in at_t1.items()}
 
     def _totals(self, reduced: _Reduced) -> KDSums:
         divergence, vocabulary, _ = self.student.asked
@@ -216,6 +238,7 @@ class LiveBlock(LossBlock):
             per_token = per_token._replace(
                 kl_t1_sum=at_t1.cross / total + jnp.log(at_t1.shared) - jnp.log(total),
                 agreement_sum=self._agreement(scale, reduced.shared_maximum),
+                **{name: _AT_T1[name].value(*of_other) for name, of_other in reduced.others_at_t1.items()},
             )
         return self.student.summed(per_token)
 
@@ -250,6 +273,11 @@ def finite(maxima: PyTree[PerPosition]) -> PyTree[PerPosition]:
 
 def _log_z(reduced: _Reduced) -> PerPosition:
     return reduced.scale.student + jnp.log(reduced.student_total)
+
+
+def _whole(logits: Logits) -> Logits:
+    """Without the truncation."""
+    return logits._replace(is_truncated=False)
 
 
 def _terms_at_t1(logits: Logits, scale: Scale, shared_maximum: PerPosition) -> _AtT1:

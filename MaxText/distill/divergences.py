@@ -4,7 +4,8 @@
 
 A divergence shares the visits of the vocabulary with all else that a block takes from it. In the first it names what it
 needs the largest values of, in the second what it needs the sums of. From these it gives its value per position and,
-where the loss is differentiated, in a last visit its slope at each token. A new divergence is one class here.
+where the loss is differentiated, in a last visit its slope at each token. Here are these questions, and the forward
+KL's answers; term_sums.py answers for all that is a sum of terms of p and q, which is what a new divergence is.
 
 Left out on purpose: the factor T^2 and any weight, which are the block's, and the kept set, which is the teacher's
 side's.
@@ -90,21 +91,9 @@ class Divergence(abc.ABC):
         """
 
 
-class _KLScale(NamedTuple):
-    q: PerPosition  # the student's in the set that q is conditioned on
-    q_tail: PerPosition | None  # the student's outside K
-
-
-class _KLSums(NamedTuple):
-    q: PerPosition
-    cross: PerPosition  # over K: p times the difference of the log weights
-    p_tail: PerPosition | None
-    q_tail: PerPosition | None
-
-
 @dataclasses.dataclass(frozen=True)
-class ForwardKL(Divergence):
-    """KL(teacher || student) with one of the meanings of a truncation, as `kd_loss.kl_divergence` defines them.
+class OfKeptSet(Divergence):
+    """A divergence with one of the meanings of a truncation, as `kd_loss.kl_divergence` defines them.
 
     conditions_student: q is conditioned on K.
     conditions_teacher: p is conditioned on K.
@@ -120,6 +109,40 @@ class ForwardKL(Divergence):
     @property
     def reads_outside(self) -> bool:
         return self.has_tail or not (self.conditions_student and self.conditions_teacher)
+
+    def _is_in_q(self, logits: Logits) -> Bool[Array, "#n V"]:
+        return logits.is_kept if self.conditions_student and logits.is_truncated else logits.is_shared
+
+    def _tail(self, logits: Logits) -> Bool[Array, "n V"] | None:
+        """The tokens outside K; None where they have no term of their own."""
+        return logits.is_shared & ~logits.is_kept if self.has_tail and logits.is_truncated else None
+
+    def _p_total(self, sums: Sums) -> PerPosition:
+        return sums.p_kept if self.conditions_teacher else sums.p
+
+
+# Name -> conditions_student, conditions_teacher, has_tail.
+STRATEGIES = {
+    "renormalize": (True, True, False),
+    "other_bucket": (False, False, True),
+    "renormalize_teacher": (False, True, False),
+}
+
+
+class _KLScale(NamedTuple):
+    q: PerPosition  # the student's in the set that q is conditioned on
+    q_tail: PerPosition | None  # the student's outside K
+
+
+class _KLSums(NamedTuple):
+    q: PerPosition
+    cross: PerPosition  # over K: p times the difference of the log weights
+    p_tail: PerPosition | None
+    q_tail: PerPosition | None
+
+
+class ForwardKL(OfKeptSet):
+    """KL(teacher || student)."""
 
     def maxima(self, logits: Logits) -> _KLScale:
         tail = self._tail(logits)
@@ -163,19 +186,5 @@ class ForwardKL(Divergence):
             p_outside = share * jnp.exp(scale.log_weight(logits.student, scale.own.q_tail))
         return jnp.where(self._is_in_q(logits), q - jnp.where(logits.is_kept, p, p_outside), 0.0)
 
-    def _is_in_q(self, logits: Logits) -> Bool[Array, "#n V"]:
-        return logits.is_kept if self.conditions_student and logits.is_truncated else logits.is_shared
 
-    def _tail(self, logits: Logits) -> Bool[Array, "n V"] | None:
-        """The tokens outside K; None where they have no term of their own."""
-        return logits.is_shared & ~logits.is_kept if self.has_tail and logits.is_truncated else None
-
-    def _p_total(self, sums: Sums) -> PerPosition:
-        return sums.p_kept if self.conditions_teacher else sums.p
-
-
-FORWARD_KL = {
-    "renormalize": ForwardKL(conditions_student=True, conditions_teacher=True, has_tail=False),
-    "other_bucket": ForwardKL(conditions_student=False, conditions_teacher=False, has_tail=True),
-    "renormalize_teacher": ForwardKL(conditions_student=False, conditions_teacher=True, has_tail=False),
-}
+FORWARD_KL = {name: ForwardKL(*meaning) for name, meaning in STRATEGIES.items()}

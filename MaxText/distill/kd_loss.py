@@ -21,9 +21,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from MaxText.distill.terms.base import Term
+from MaxText.distill.terms.jensen_shannon import JensenShannon
+from MaxText.distill.terms.reverse_kl import ReverseKL
 from MaxText.distill.truncation import Scalar, kept_set
 
 Kept = Bool[Array, "*batch V"] | None  # membership in K; None: every token
+
+# What an evaluation sums besides the forward KL, over the whole vocabulary at T = 1.
+TERMS_AT_T1: dict[str, Term] = {"reverse_kl_t1_sum": ReverseKL(), "jsd_t1_sum": JensenShannon(0.5)}
+OF_AN_EVALUATION = ("kl_t1_sum", *TERMS_AT_T1, "agreement_sum")  # of KDSums
 
 
 class KDSums(NamedTuple):
@@ -32,12 +39,14 @@ class KDSums(NamedTuple):
     None is what cannot be known of the teacher at hand.
 
     ce_sum          -log softmax(student)[target]
-    kd_sum          T^2 KL(teacher || student) at temperature T, under the truncation
+    kd_sum          T^2 KL(teacher || student) at temperature T, or another divergence, under the truncation
     log_z_sq_sum    (log sum exp of the student's logits)^2; the z-loss is a weight times this
     teacher_ce_sum  -log softmax(teacher)[target]
     n               the number of valid positions
     kept_mass_sum   the teacher's mass at temperature T inside the kept set
     kl_t1_sum       KL(teacher || student) over the whole vocabulary at T = 1. Evaluation only, else None
+    reverse_kl_t1_sum  KL(student || teacher), likewise
+    jsd_t1_sum      Jensen-Shannon's divergence with a beta of 1/2, likewise
     agreement_sum   positions where both models' largest logit is the same token's. Evaluation only, else None
     """
 
@@ -48,6 +57,8 @@ class KDSums(NamedTuple):
     n: Float[Array, ""]
     kept_mass_sum: Float[Array, ""] | None = None
     kl_t1_sum: Float[Array, ""] | None = None
+    reverse_kl_t1_sum: Float[Array, ""] | None = None
+    jsd_t1_sum: Float[Array, ""] | None = None
     agreement_sum: Float[Array, ""] | None = None
 
 
@@ -205,6 +216,67 @@ def kl_divergence(
     return _KL_BY_STRATEGY[truncation_strategy](student, teacher, kept, temperature)
 
 
+def divergence(
+    student_logits: Float[Array, "*batch V"],
+    teacher_logits: Float[Array, "*batch V"],
+    term: Term,
+    *,
+    temperature: Scalar = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    truncation_strategy: str = "renormalize",
+) -> Float[Array, "*batch"]:
+    """The sum of a term f(p, q) at temperature T, per position, in nats, without the factor T^2.
+
+    With p, q, K, P and Q as for `kl_divergence`:
+
+        renormalize          sum over K of f(p(i|K), q(i|K))
+        other_bucket         sum over K of f(p_i, q_i)  +  f(P, Q)
+        renormalize_teacher  sum over K of f(p(i|K), q_i), for terms that are 0 where p is
+
+    Without truncation they are the sum over all tokens. A term that is infinite where p is 0 and q is not (the reverse
+    KL's) leaves out the tokens to which the teacher gives no mass at all, a logit of -inf: q is conditioned on the
+    others, in K and outside, and no gradient reaches these. Where both models' logits are -inf a token is in no term.
+
+    Args:
+        student_logits, teacher_logits, temperature, top_k, top_p, truncation_strategy: as for `kl_divergence`.
+        term: one of `terms`. Static.
+
+    Returns:
+        float32, one number per position; finite in value and gradient for finite logits up to 1e4.
+
+    Raises:
+        ValueError: for an argument without meaning, which it names.
+    """
+    check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
+    check_temperature(temperature)
+    check_strategy(truncation_strategy)
+    term.check(truncation_strategy)
+    student = student_logits.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
+    kept = kept_set(teacher, temperature=temperature, top_k=top_k, top_p=top_p)
+    has_mass = teacher > -jnp.inf if term.is_of_teachers_support else jnp.ones_like(teacher, dtype=bool)
+    inside, outside = (has_mass, None) if kept is None else (kept & has_mass, ~kept & has_mass)
+    teacher_all = _log_sum(teacher, kept if truncation_strategy != "other_bucket" else None, temperature)
+    student_all = _log_sum(student, inside if truncation_strategy == "renormalize" else has_mass, temperature)
+    log_p, log_q = _log_prob(teacher, teacher_all, temperature), _log_prob(student, student_all, temperature)
+    found = _term_sum(term, log_p, log_q, inside)
+    if outside is None or truncation_strategy != "other_bucket":
+        return found
+    log_p_tail = _log_mass(_log_sum(teacher, outside, temperature), teacher_all, temperature)
+    log_q_tail = _log_mass(_log_sum(student, outside, temperature), student_all, temperature)
+    return found + _term_sum(term, log_p_tail, log_q_tail, True)
+
+
+def _term_sum(
+    term: Term, log_p: Float[Array, "*batch V"], log_q: Float[Array, "*batch V"], counted: Bool[Array, "*batch V"] | bool
+) -> Float[Array, "*batch"]:
+    """The sum over what is counted and has mass in the student."""
+    counted &= log_q > -jnp.inf
+    log_p, log_q = (jnp.where(counted, x, 0.0) for x in (log_p, log_q))
+    return jnp.sum(jnp.where(counted, term.value(log_p, log_q), 0.0), axis=-1)
+
+
 def kept_mass(
     teacher_logits: Float[Array, "*batch V"],
     *,
@@ -261,6 +333,7 @@ def kd_sums(
     top_k: int = 0,
     top_p: float = 0.0,
     truncation_strategy: str = "renormalize",
+    term: Term | None = None,
     shared_vocabulary: int = 0,
     evaluation: bool = False,
 ) -> KDSums:
@@ -274,10 +347,11 @@ def kd_sums(
         mask: True at valid positions. The others contribute exactly 0 to values and gradients, whatever their logits
             are, infinities and NaN included.
         temperature, top_k, top_p, truncation_strategy: as for `kl_divergence`.
+        term: of the divergence, as for `divergence`; None is the forward KL.
         shared_vocabulary: how many of the first token ids both models have; 0 is all. The others are only in the
             student's cross-entropy and z-loss: each term that the teacher is in leaves them out of both softmaxes. As
             a target such a token makes teacher_ce_sum infinite.
-        evaluation: also compute kl_t1_sum and agreement_sum. Static.
+        evaluation: also compute what only evaluations need. Static.
 
     Returns:
         KDSums, to be added up and divided by n after the last reduction.
@@ -299,10 +373,14 @@ def kd_sums(
     shared = shared_vocabulary or student.shape[-1]
     teacher_ce = cross_entropy(jnp.where(jnp.arange(teacher.shape[-1]) < shared, teacher, -jnp.inf), targets)
     student, teacher = student[..., :shared], teacher[..., :shared]
-    kl = kl_divergence(student, teacher, truncation_strategy=truncation_strategy, **truncation)
+    truncated = truncation | {"truncation_strategy": truncation_strategy}
+    if term is None:
+        kd = kl_divergence(student, teacher, **truncated)
+    else:
+        kd = divergence(student, teacher, term, **truncated)
     sums = KDSums(
         ce_sum=total(ce),
-        kd_sum=temperature**2 * total(kl),
+        kd_sum=temperature**2 * total(kd),
         log_z_sq_sum=total(log_z**2),
         teacher_ce_sum=total(teacher_ce),
         kept_mass_sum=total(kept_mass(teacher, **truncation)),
@@ -313,4 +391,5 @@ def kd_sums(
     return sums._replace(
         kl_t1_sum=total(kl_divergence(student, teacher)),
         agreement_sum=total(jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)),
+        **{name: total(divergence(student, teacher, term)) for name, term in TERMS_AT_T1.items()},
     )

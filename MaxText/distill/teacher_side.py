@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from MaxText.distill.block import Asked, LiveBlock, LossBlock, StudentBlock, TeacherLogits
-from MaxText.distill.kd_loss import KDSums, check_vocabularies
+from MaxText.distill.kd_loss import OF_AN_EVALUATION, KDSums, check_vocabularies
 from MaxText.distill.projection import Projection
 from MaxText.distill.truncation import Scalar, check_truncation, kept_bound
 from MaxText.distill.vocabulary import Vocabulary
@@ -63,8 +63,7 @@ class LiveTeacher:
         check_truncation(self.shared_vocabulary or size, top_k=self.top_k, top_p=self.top_p)
 
     def known_sums(self, student_vocabulary: int, asked: Asked) -> tuple[str, ...]:
-        of_an_evaluation = ("kl_t1_sum", "agreement_sum")
-        return tuple(name for name in KDSums._fields if asked.evaluation or name not in of_an_evaluation)
+        return tuple(name for name in KDSums._fields if asked.evaluation or name not in OF_AN_EVALUATION)
 
     def block(self, rows: Float[Array, "n E"], student: StudentBlock) -> LiveBlock:
         return LiveBlock(student, self.logits(rows, student.weights.temperature, student.asked.vocabulary))

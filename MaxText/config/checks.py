@@ -68,6 +68,7 @@ def check_kd(user: dict[str, Any], *, writes_cache: bool = False) -> Distillatio
     if not kd.kd_cache_path and not writes_cache and (kd.kd_cache_rows or kd.kd_cache_verify):
         key = "kd_cache_rows" if kd.kd_cache_rows else "kd_cache_verify"
         raise ConfigError(f"{key}={getattr(kd, key)}: belongs to kd_cache_path, which is not set")
+    check_divergence(kd, defaults)
     if writes_cache:
         check_caching(kd)
     elif kd.is_cached:
@@ -75,6 +76,27 @@ def check_kd(user: dict[str, Any], *, writes_cache: bool = False) -> Distillatio
     for quantity in ("kd_alpha", "kd_temperature"):
         check_schedule_keys(quantity, kd)
     return kd
+
+
+# A divergence's own number -> which of them read it.
+DIVERGENCE_KEYS = {"kd_jsd_beta": ("jsd",), "kd_skew": ("skew_kl", "skew_reverse_kl")}
+# Those that are sums over tokens of the teacher's: the others need a teacher with mass wherever the student has it.
+OF_TEACHERS_TOKENS = ("forward_kl", "skew_kl")
+
+
+def check_divergence(kd: KDKeys, defaults: dict[str, Any]) -> None:
+    for key, readers in DIVERGENCE_KEYS.items():
+        if kd.kd_divergence not in readers and (value := getattr(kd, key)) != defaults[key]:
+            raise ConfigError(
+                f"{key}={value}: kd_divergence={kd.kd_divergence} does not read it; it belongs to "
+                f"{' or '.join(readers)}"
+            )
+    if kd.kd_truncation_strategy == "renormalize_teacher" and kd.kd_divergence not in OF_TEACHERS_TOKENS:
+        raise ConfigError(
+            f"kd_truncation_strategy=renormalize_teacher kd_divergence={kd.kd_divergence}: it has terms of the student "
+            "outside the kept tokens, where that strategy leaves the teacher no mass; allowed is renormalize or "
+            f"other_bucket, or kd_divergence={' or '.join(OF_TEACHERS_TOKENS)}"
+        )
 
 
 def check_caching(kd: KDKeys) -> None:

@@ -29,6 +29,9 @@ class KDKeys(pydantic.BaseModel):
     kd_temperature_schedule: Literal["constant", "linear", "cosine", "wsd"]
     kd_temperature_start: float | None = pydantic.Field(gt=0, allow_inf_nan=False)
     kd_temperature_end: float | None = pydantic.Field(gt=0, allow_inf_nan=False)
+    kd_divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
+    kd_jsd_beta: float = pydantic.Field(gt=0, lt=1, allow_inf_nan=False)
+    kd_skew: float = pydantic.Field(ge=0, lt=1, allow_inf_nan=False)
     kd_top_k: int = pydantic.Field(ge=0)
     kd_top_p: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_truncation_strategy: Literal["renormalize", "other_bucket", "renormalize_teacher"]
@@ -52,7 +55,8 @@ class KDKeys(pydantic.BaseModel):
     @pydantic.field_validator(
         "kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib", "kd_teacher_max_ce", "kd_vocab_size",
         "kd_mtp_alpha", "kd_cache_draws", "kd_cache_rows", "kd_embedding_std",
-        "kd_alpha_start", "kd_alpha_end", "kd_temperature_start", "kd_temperature_end", mode="before",
+        "kd_alpha_start", "kd_alpha_end", "kd_temperature_start", "kd_temperature_end", "kd_jsd_beta", "kd_skew",
+        mode="before",
     )  # fmt: skip
     @classmethod
     def _true_is_no_number(cls, value: Any) -> Any:
@@ -118,7 +122,9 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
             return []
         found = []
         if self.kd_top_k == 1:
-            found.append("kd_top_k=1 with kd_truncation_strategy=renormalize: one token is kept, the KL is always 0.")
+            found.append(
+                "kd_top_k=1 with kd_truncation_strategy=renormalize: one token is kept, the divergence is always 0."
+            )
         if {self.kd_alpha_start, self.kd_alpha, self.kd_alpha_end} <= {1, None}:
             found.append(
                 "kd_alpha=1 with kd_truncation_strategy=renormalize: nothing sees the probability that the student "

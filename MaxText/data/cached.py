@@ -70,9 +70,14 @@ def shaped_batch(config: Any, cached: Cached | None, **how: Any) -> Shapes:
 
 
 def assumed(config: Any, kd: Distillation) -> Cached | None:
-    """A cache as the keys for writing one have it, for a compilation without it."""
+    """A cache as the keys for writing one have it, for a compilation without it.
+
+    Raises:
+      ConfigError: it would be none for this run.
+    """
     if not kd.is_cached:
         return None
+    check_divergence(kd, kd.kd_cache_mode)
     has_tail = kd.kd_cache_mode == "top_k"
     slots = kd.kd_top_k if has_tail else kd.kd_cache_draws
     return Cached(Path(kd.kd_cache_path), None, kd.kd_temperature, slots, has_tail, config.vocab_size)
@@ -121,8 +126,17 @@ def learned_from(kd: Distillation, cached: Cached | None) -> Distillation:
     return kd if cached is None or not cached.has_tail else kd.model_copy(update={"kd_top_k": cached.slots})
 
 
+def check_divergence(kd: Distillation, mode: str) -> None:
+    if mode == "sample" and kd.kd_divergence != "forward_kl":
+        raise ConfigError(
+            f"kd_divergence={kd.kd_divergence}: kd_cache_path={kd.kd_cache_path} holds draws, an unbiased teacher for "
+            "forward_kl alone, which is linear in it; allowed is forward_kl, or a cache of kd_cache_mode=top_k"
+        )
+
+
 def check_fits(config: Any, kd: Distillation, contents: manifest.Contents) -> None:
     """Raises ConfigError, naming the key, where the cache's targets are none for this student."""
+    check_divergence(kd, contents.mode)
     where = f"kd_cache_path={kd.kd_cache_path}"
     wanted = {
         "max_target_length": (config.max_target_length, contents.row_length),

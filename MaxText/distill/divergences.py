@@ -63,6 +63,11 @@ class Divergence(abc.ABC):
     """How far the student's distribution at temperature T is from the teacher's, per position, in nats."""
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return type(self).__name__
+
+    @property
     def reads_outside(self) -> bool:
         """Whether under a truncation it depends on weights outside K."""
         return True

@@ -265,14 +265,15 @@ def divergence(
         return found
     log_p_tail = _log_mass(_log_sum(teacher, outside, temperature), teacher_all, temperature)
     log_q_tail = _log_mass(_log_sum(student, outside, temperature), student_all, temperature)
-    return found + _term_sum(term, log_p_tail, log_q_tail, True)
+    return found + _term_sum(term, log_p_tail, log_q_tail, None)
 
 
 def _term_sum(
-    term: Term, log_p: Float[Array, "*batch V"], log_q: Float[Array, "*batch V"], counted: Bool[Array, "*batch V"] | bool
+    term: Term, log_p: Float[Array, "*batch V"], log_q: Float[Array, "*batch V"], counted: Kept
 ) -> Float[Array, "*batch"]:
-    """The sum over what is counted and has mass in the student."""
-    counted &= log_q > -jnp.inf
+    """The sum over what is counted (None: all) and has mass in the student."""
+    has_mass = log_q > -jnp.inf
+    counted = has_mass if counted is None else counted & has_mass
     log_p, log_q = (jnp.where(counted, x, 0.0) for x in (log_p, log_q))
     return jnp.sum(jnp.where(counted, term.value(log_p, log_q), 0.0), axis=-1)
 

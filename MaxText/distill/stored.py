@@ -88,7 +88,7 @@ class StoredTeacher:
             )
         if self.is_drawn and not isinstance(asked.divergence, ForwardKL):
             raise ValueError(
-                f"divergence={asked.divergence}: expected the forward KL; what draws say of others is biased"
+                f"divergence={asked.divergence.name}: expected ForwardKL; what draws say of others is biased"
             )
         if not self.is_drawn and slots > student_vocabulary:
             raise ValueError(f"{slots} stored tokens: expected {student_vocabulary}, the vocabulary's size, at most")

@@ -4,7 +4,8 @@
 
 A term is of p and q, which are known once their weights are summed. So the sums of the terms are a visit of the
 vocabulary more than the forward KL needs, and no array: in it both models' logits are read again, and what pulls at
-the student is summed with the values, for the gradient's visit to begin with.
+the student is summed with the values, for the gradient's visit to begin with. The reverse KL does without: its terms
+are linear in the logarithms, and normalised afterwards.
 
 What is outside the kept set is one token under other_bucket. Its p and q have largest logits of their own, so that
 their logarithms are right however little they are.
@@ -28,6 +29,7 @@ from MaxText.distill.divergences import (
     Sums,
 )
 from MaxText.distill.terms.base import Term
+from MaxText.distill.terms.reverse_kl import ReverseKL
 
 
 class _Maxima(NamedTuple):
@@ -40,6 +42,8 @@ class _Weights(NamedTuple):
     q: PerPosition
     p_tail: PerPosition | None
     q_tail: PerPosition | None
+    q_own: PerPosition | None = None  # those of q that have a term of their own, where not all have
+    cross: PerPosition | None = None  # of these, q times the difference of the log weights
 
 
 class _Terms(NamedTuple):
@@ -53,26 +57,36 @@ class TermSums(OfKeptSet):
 
     term: Term
 
+    @property
+    def name(self) -> str:
+        return self.term.name
+
     def maxima(self, logits: Logits) -> _Maxima:
         tail = self._tail_with_mass(logits)
+        # Where K is all, what the teacher gives no mass is among them: a maximum that needs the teacher's logits, too,
+        # is no part of the student's projection, and costs a visit.
+        of_q = self._has_q(logits) if logits.is_truncated else logits.is_shared
         return _Maxima(
-            q=jnp.where(self._has_q(logits), logits.student, -jnp.inf),
+            q=jnp.where(of_q, logits.student, -jnp.inf),
             p_tail=None if tail is None else jnp.where(tail, logits.teacher, -jnp.inf),
             q_tail=None if tail is None else jnp.where(tail, logits.student, -jnp.inf),
         )
 
     def terms(self, logits: Logits, scale: Scale) -> _Weights:
+        # Beside the teacher's, which are never inf: a TPU's compiler would visit each model's logits on their own.
+        has_q = self._has_q(logits) & (logits.teacher < jnp.inf)
+
         def weights(those: Bool[Array, "#n V"], logits: PerToken, maximum: PerPosition) -> PerToken:
             return jnp.where(those, jnp.exp(scale.log_weight(logits, maximum)), 0.0)
 
         tail = self._tail_with_mass(logits)
         return _Weights(
-            q=weights(self._has_q(logits), logits.student, scale.own.q),
+            q=weights(has_q, logits.student, scale.own.q),
             p_tail=None if tail is None else weights(tail, logits.teacher, scale.own.p_tail),
             q_tail=None if tail is None else weights(tail, logits.student, scale.own.q_tail),
         )
 
-    def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> _Terms:
+    def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> _Terms | None:
         return self._terms(*self._log_probs(logits, scale, sums), self._has_term(logits))
 
     def value(self, scale: Scale, sums: Sums) -> PerPosition:
@@ -91,14 +105,17 @@ class TermSums(OfKeptSet):
         return jnp.where(self._has_q(logits), slope, 0.0)
 
     def _total(self, scale: Scale, sums: Sums) -> _Terms:
+        inside = self._inside(sums)
         if sums.own.q_tail is None:
-            return sums.normalized
-        tail = self._tail_terms(scale, sums)
-        return _Terms(*(inside + outside for inside, outside in zip(sums.normalized, tail, strict=True)))
+            return inside
+        outside = self._tail_terms(scale, sums)
+        return _Terms(*(of_inside + of_outside for of_inside, of_outside in zip(inside, outside, strict=True)))
 
-    def _terms(
-        self, log_p: Float[Array, "n #V"], log_q: Float[Array, "n #V"], counted: Bool[Array, "#n #V"]
-    ) -> _Terms:
+    def _inside(self, sums: Sums) -> _Terms:
+        """Of the tokens that have a term of their own."""
+        return sums.normalized
+
+    def _terms(self, log_p: Float[Array, "n #V"], log_q: Float[Array, "n #V"], counted: Bool[Array, "#n #V"]) -> _Terms:
         """0 where not counted, and where neither model has mass."""
         counted = counted & (log_q > -jnp.inf)
         of_each = (self.term.value(log_p, log_q), self.term.pull(log_p, log_q))
@@ -107,12 +124,12 @@ class TermSums(OfKeptSet):
     def _tail_terms(self, scale: Scale, sums: Sums) -> _Terms:
         own = sums.own
         log_p = scale.log_weight(scale.own.p_tail, scale.teacher) + jnp.log(own.p_tail) - jnp.log(sums.p)
-        log_q = scale.log_weight(scale.own.q_tail, scale.own.q) + jnp.log(own.q_tail) - jnp.log(own.q)
+        log_q = scale.log_weight(scale.own.q_tail, scale.own.q) + jnp.log(own.q_tail) - _log(own.q)
         return self._terms(log_p, log_q, own.q_tail > 0.0)
 
     def _log_probs(self, logits: Logits, scale: Scale, sums: Sums) -> tuple[PerToken, PerToken]:
         log_p = scale.log_weight(logits.teacher, scale.teacher) - jnp.log(self._p_total(sums))
-        log_q = scale.log_weight(logits.student, scale.own.q) - jnp.log(sums.own.q)
+        log_q = scale.log_weight(logits.student, scale.own.q) - _log(sums.own.q)
         return log_p, log_q
 
     def _has_q(self, logits: Logits) -> Bool[Array, "#n V"]:
@@ -130,6 +147,40 @@ class TermSums(OfKeptSet):
         return those & (logits.teacher > -jnp.inf) if self.term.is_of_teachers_support else those
 
 
+class ReverseKLSums(TermSums):
+    """The reverse KL's, whose terms need no normalised p and q: log q - log p is known but for a constant.
+
+    Where the student has less than 1e-38 of its mass where the teacher has any, and nothing is truncated, q is beyond
+    float32, and the divergence is 0, and its slope.
+    """
+
+    def terms(self, logits: Logits, scale: Scale) -> _Weights:
+        log_q = scale.log_weight(logits.student, scale.own.q)
+        difference = log_q - scale.log_weight(logits.teacher, scale.teacher)
+        q = jnp.exp(log_q)
+        own = self._has_term(logits) & (q > 0.0)
+        weights = super().terms(logits, scale)
+        return weights._replace(
+            q_own=None if weights.q_tail is None else jnp.where(own, q, 0.0),
+            cross=jnp.where(own, q * difference, 0.0),
+        )
+
+    def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> None:
+        return None
+
+    def _inside(self, sums: Sums) -> _Terms:
+        own = sums.own
+        q_own = own.q if own.q_own is None else own.q_own
+        cross = own.cross + q_own * (jnp.log(self._p_total(sums)) - _log(own.q))
+        value = jnp.where(q_own > 0.0, cross / own.q, 0.0)
+        return _Terms(value, value)
+
+
+def _log(total: PerPosition) -> PerPosition:
+    """Finite: a total of 0 is that of weights which are all 0."""
+    return jnp.log(jnp.where(total > 0.0, total, 1.0))
+
+
 def divergence_of(term: Term | None, truncation_strategy: str) -> Divergence:
     """The divergence as a block asks for it; of None the forward KL.
 
@@ -139,4 +190,5 @@ def divergence_of(term: Term | None, truncation_strategy: str) -> Divergence:
     if term is None:
         return FORWARD_KL[truncation_strategy]
     term.check(truncation_strategy)
-    return TermSums(*STRATEGIES[truncation_strategy], term)
+    kind = ReverseKLSums if isinstance(term, ReverseKL) else TermSums
+    return kind(*STRATEGIES[truncation_strategy], term)

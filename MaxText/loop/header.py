@@ -89,7 +89,20 @@ def loss_text(kd: Distillation) -> str:
     course = schedule_text(
         kd.kd_temperature_schedule, kd.kd_temperature_start, kd.kd_temperature, kd.kd_temperature_end
     )
-    return f"{weights} T^2 KL(teacher || student) over {kept}{alpha}, T = {course}"
+    return f"{weights} T^2 {divergence_text(kd)} over {kept}{alpha}, T = {course}"
+
+
+def divergence_text(kd: Distillation) -> str:
+    beta, skew = f"{kd.kd_jsd_beta:g}", f"{kd.kd_skew:g}"
+    rest = f"{1 - kd.kd_skew:g}"
+    return {
+        "forward_kl": "KL(teacher || student)",
+        "reverse_kl": "KL(student || teacher)",
+        "jsd": f"JSD(teacher, student) with a beta of {beta}",
+        "skew_kl": f"KL(teacher || {skew} teacher + {rest} student)",
+        "skew_reverse_kl": f"KL(student || {rest} teacher + {skew} student)",
+        "tvd": "TVD(teacher, student)",
+    }[kd.kd_divergence]
 
 
 def schedule_text(form: str, start: float | None, value: float, end: float | None) -> str:

@@ -27,6 +27,8 @@ EVALUATION = {
     "evaluation/ce_loss": "evaluation/ce_sum",
     "evaluation/kd_loss": "evaluation/kd_sum",
     "evaluation/kl_t1": "evaluation/kl_t1_sum",
+    "evaluation/reverse_kl_t1": "evaluation/reverse_kl_t1_sum",
+    "evaluation/jsd_t1": "evaluation/jsd_t1_sum",
     "evaluation/teacher_ce_loss": "evaluation/teacher_ce_sum",
     "evaluation/top1_agreement": "evaluation/agreement_sum",
     "evaluation/kd_kept_mass": "evaluation/kept_mass_sum",

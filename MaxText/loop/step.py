@@ -135,7 +135,7 @@ def distillation_loss(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The objective of one (micro)batch and the sums it is made of.
 
-    loss = ((1 - alpha) CE + alpha T^2 KL + z-loss) / n + MoE load balancing + MTP, times n under gradient
+    loss = ((1 - alpha) CE + alpha T^2 D + z-loss) / n + MoE load balancing + MTP, times n under gradient
     accumulation, where upstream divides by the token count of all microbatches.
 
     Returns:

@@ -26,11 +26,13 @@ from MaxText.chips import chip_of
 from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
-from MaxText.distill.divergences import FORWARD_KL
+from MaxText.distill.divergences import Divergence
 from MaxText.distill.kd_loss import KDSums
 from MaxText.distill.projection import Projection
 from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.teacher_side import LiveTeacher
+from MaxText.distill.term_sums import divergence_of
+from MaxText.distill.terms.named import term_named
 from MaxText.models.walk import MIB, Heads, Walk, plan
 
 Guide = LiveTeacher | StoredTeacher
@@ -263,7 +265,7 @@ def kd_objective(
             flat_guide(guide),
             Tokens(*map(flat, tokens)),
             weights._replace(**changing),
-            divergence=FORWARD_KL[kd.kd_truncation_strategy],
+            divergence=divergence(kd) if teacher is not None else divergence_of(None, "renormalize"),
             block_size=layout.walk.block,
             evaluation=evaluation,
             vocab_axis=layout.vocab_axes,
@@ -279,6 +281,12 @@ def kd_objective(
         out_specs=nowhere,
     )
     return sharded(learner, guide, tokens, changing)
+
+
+def divergence(kd: Distillation) -> Divergence:
+    return divergence_of(
+        term_named(kd.kd_divergence, jsd_beta=kd.kd_jsd_beta, skew=kd.kd_skew), kd.kd_truncation_strategy
+    )
 
 
 def teachers_side(

@@ -52,10 +52,10 @@ def loss(
     reported: dict[str, Any],
     temperature: Scalar,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The MTP loss, scaled as MaxText scales it, and the cross-entropy and T^2 KL in it, unscaled; nats per token.
+    """The MTP loss, scaled as MaxText scales it, and the cross-entropy and T^2 D in it, unscaled; nats per token.
 
-    loss = mtp_loss_scaling_factor * ((1 - kd_mtp_alpha) * CE + kd_mtp_alpha * T^2 KL(teacher || head)), CE and KL means
-    over the valid positions of all depths.
+    loss = mtp_loss_scaling_factor * ((1 - kd_mtp_alpha) * CE + kd_mtp_alpha * T^2 D), CE and D means over the valid
+    positions of all depths, D the divergence of the head from the teacher.
 
     Args:
       mesh: the run's mesh.
@@ -89,7 +89,9 @@ def acceptance(mesh: Mesh, kd: Distillation, student: heads.Side, data: Batch, r
     Returns:
       The sums, of which agreement_sum / n is the acceptance rate.
     """
-    everything = kd.model_copy(update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0})
+    everything = kd.model_copy(
+        update={"kd_top_k": 0, "kd_top_p": 0.0, "kd_vocab_size": 0, "kd_divergence": "forward_kl"}
+    )
     depth = list(depths(data, reported, student.hidden))[student.config.mtp_eval_target_module - 1]
     drafted, ahead, tokens = depth
     drafting, model = student._replace(hidden=drafted), student._replace(hidden=ahead)

@@ -77,6 +77,53 @@ def kl_and_gradient(student, teacher, kept, *, temperature, truncation_strategy)
     return kl, slope / temperature
 
 
+def terms_and_slopes(name, log_p, log_q, *, jsd_beta, skew):
+    """What each token adds to a divergence, and its derivative with respect to q, for p above 0 or q above 0."""
+    p, q = np.exp(log_p), np.exp(log_q)
+
+    def log_mixture(teachers, students):
+        return np.logaddexp(np.log(teachers) + log_p, np.log(students) + log_q)
+
+    with np.errstate(invalid="ignore"):
+        if name == "reverse_kl":
+            return q * (log_q - log_p), log_q - log_p + 1
+        if name == "jsd":
+            log_m = log_mixture(jsd_beta, 1 - jsd_beta)
+            of_teacher = np.where(p > 0, p * (log_p - log_m), 0)
+            return jsd_beta * of_teacher + (1 - jsd_beta) * q * (log_q - log_m), (1 - jsd_beta) * (log_q - log_m)
+        if name == "skew_kl":
+            log_m = log_mixture(skew, 1 - skew)
+            return np.where(p > 0, p * (log_p - log_m), 0), -(1 - skew) * np.exp(log_p - log_m)
+        if name == "skew_reverse_kl":
+            log_m = log_mixture(1 - skew, skew)
+            return q * (log_q - log_m), log_q - log_m + 1 - skew * np.exp(log_q - log_m)
+    assert name == "tvd"
+    return np.abs(p - q) / 2, np.sign(q - p) / 2
+
+
+def divergence_and_gradient(name, student, teacher, kept, *, temperature, truncation_strategy, jsd_beta=0.5, skew=0.1):
+    """A divergence per position, in nats, and its gradient with respect to the student's logits, by hand."""
+    # The reverse KL is infinite where the teacher has no mass: what it gives none is left out of both softmaxes.
+    has_mass = np.isfinite(teacher) if name == "reverse_kl" else np.ones(teacher.shape, bool)
+    is_bucket = truncation_strategy == "other_bucket"
+    inside, outside = kept & has_mass, ~kept & has_mass & is_bucket
+    is_in_q = inside if truncation_strategy == "renormalize" else has_mass
+    log_p = log_softmax(teacher, temperature, None if is_bucket else kept)
+    log_q = log_softmax(student, temperature, is_in_q)
+    tails = (log_sum_exp(np.where(outside, x, -np.inf)) for x in (log_p, log_q))
+    # The bucket is one token more.
+    log_p_of_all, log_q_of_all = (
+        np.concatenate((np.where(inside, x, -np.inf), tail), -1) for x, tail in zip((log_p, log_q), tails, strict=True)
+    )
+    counted = np.isfinite(log_q_of_all)
+    log_p_of_all, log_q_of_all = (np.where(counted, x, 0) for x in (log_p_of_all, log_q_of_all))
+    terms, slopes = terms_and_slopes(name, log_p_of_all, log_q_of_all, jsd_beta=jsd_beta, skew=skew)
+    terms, slopes = np.where(counted, terms, 0), np.where(counted, slopes, 0)
+    pull = (np.where(counted, np.exp(log_q_of_all), 0) * slopes).sum(-1, keepdims=True)
+    own = np.where(inside, slopes[..., :-1], np.where(outside, slopes[..., -1:], 0))
+    return terms.sum(-1), np.exp(log_q) * (own - pull) / temperature
+
+
 def divergence(log_p, log_q):
     """sum of p (log p - log q) over the last axis, where p = 0 contributes 0."""
     p = np.exp(log_p)

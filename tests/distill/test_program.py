@@ -20,9 +20,10 @@ from MaxText import upstream
 from MaxText.chips import CHIPS
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
-from MaxText.distill.divergences import FORWARD_KL
 from MaxText.distill.projection import Projection
 from MaxText.distill.teacher_side import LiveTeacher
+from MaxText.distill.term_sums import divergence_of
+from MaxText.distill.terms.named import term_named
 from MaxText.models.walk import Heads, plan
 
 pytestmark = [
@@ -40,13 +41,14 @@ def project(head, hidden):
 
 
 @functools.cache
-def program(pool, top_k=0, top_p=0.0):
+def program(pool, top_k=0, top_p=0.0, divergence="forward_kl", strategy="renormalize"):
     """(optimised HLO, tokens and vocabulary entries of a device's block) for a v5e, with the planner's block."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     upstream.load_libtpu()
     block = plan(Heads(VOCABULARY, D, E, 6), TOKENS, pool, CHIPS["TPU v5 lite"], 0).block
     devices = upstream.topology_devices("v5e-16" if pool > 1 else "v5e-1", 1)
     axes = ("fsdp",) if pool > 1 else ()
+    term = term_named(divergence, jsd_beta=0.5, skew=0.1)
 
     def loss(hidden, head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
         return blockwise_kd(
@@ -54,7 +56,7 @@ def program(pool, top_k=0, top_p=0.0):
             LiveTeacher(Projection(teacher_hidden, teacher_head, project), top_k, top_p),
             Tokens(targets, mask),
             Weights(alpha, temperature),
-            divergence=FORWARD_KL["renormalize"],
+            divergence=divergence_of(term, strategy),
             block_size=block,
             vocab_axis=axes,
             pooled_axis=axes,

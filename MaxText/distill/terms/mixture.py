@@ -36,7 +36,7 @@ def softplus_of_both_signs(u: Float[Array, "..."]) -> tuple[Float[Array, "..."],
 @softplus_of_both_signs.defjvp
 def _slopes(
     primals: tuple[Float[Array, "..."]], tangents: tuple[Float[Array, "..."]]
-) -> tuple[tuple[Float[Array, "..."], ...], tuple[Float[Array, "..."], ...]]:
+) -> tuple[tuple[Float[Array, "..."], Float[Array, "..."]], tuple[Float[Array, "..."], Float[Array, "..."]]]:
     """Of both parts at once: a compiler that computes u twice may take it for 0 in one and for 1e-9 in the other."""
     plus, minus = softplus_of_both_signs(*primals)
     (tangent,) = tangents

@@ -84,7 +84,8 @@ def test_each_evaluation_leaves_one_row_and_the_run_ends_with_one(kd_run):
     assert [row["step"] for row in rows] == [0, 2, 4, 5]
     for row in rows:
         assert row["evaluation/total_weights"] == 2 * 4 * 32
-        assert row["evaluation/kl_t1"] > 0 and 0 <= row["evaluation/top1_agreement"] <= 1
+        assert row["evaluation/kl_t1"] > 0 and row["evaluation/reverse_kl_t1"] > 0 and row["evaluation/jsd_t1"] > 0
+        assert 0 <= row["evaluation/top1_agreement"] <= 1
         assert row["evaluation/teacher_ce_loss"] > 0
 
 

@@ -159,6 +159,15 @@ def test_a_truncation_costs_a_few_visits_of_the_logits(keep):
     assert cycles(walk, entries) + SEARCH_ROUNDS * cycles(search, entries) <= 2 * cycles(full, entries)
 
 
+@pytest.mark.parametrize(("divergence", "most_bytes", "most"), [("reverse_kl", 22, 1.05), ("tvd", 26, 1.13)])
+def test_another_divergence_costs_a_visit_of_the_logits_at_most_and_no_array(divergence, most_bytes, most):
+    (forward, shape), (text, _) = program(1), program(1, divergence=divergence)
+    walk, entries = bodies(text)[0], shape[0] * shape[1]
+    assert logit_bytes(walk, shape) <= most_bytes
+    assert cycles(walk, entries) <= most * cycles(bodies(forward)[0], entries)
+    assert not [line for line in walk if re.search(rf"= \(?[^=]*f32\[{shape[0]},{shape[1]}\]", line)]
+
+
 @pytest.mark.parametrize("keep", [{}, {"top_k": 64}, {"top_p": 0.9}], ids=str)
 def test_no_float32_array_of_a_block_s_logits_is_written(keep):
     text, shape = program(1, **keep)

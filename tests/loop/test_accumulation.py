@@ -98,9 +98,11 @@ def assert_same_step(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatches", [4, 2])
-def test_a_step_does_not_depend_on_the_number_of_microbatches(make, microbatches):
-    batch, keys = lab_lib.padded_batch(rows=8), {"z_loss_multiplier": 1e-2}
+@pytest.mark.parametrize(
+    ("microbatches", "divergence"), [(4, "forward_kl"), (2, "forward_kl"), (4, "reverse_kl"), (4, "jsd")]
+)
+def test_a_step_does_not_depend_on_the_number_of_microbatches(make, microbatches, divergence):
+    batch, keys = lab_lib.padded_batch(rows=8), {"z_loss_multiplier": 1e-2, "kd_divergence": divergence}
     whole, parts = update(make(**keys), batch), update(make(microbatches, **keys), batch)
     assert float(whole[0]["learning/z_loss"]) > 0
     assert_same_step(whole, parts)

@@ -30,6 +30,7 @@ from MaxText import train as trainer
 from MaxText import train_compile, upstream
 from MaxText.cache import codec, manifest, quantiser
 from MaxText.config import resolve
+from MaxText.config.checks import check_kd
 from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
 from MaxText.data import cached, evaluation
@@ -200,7 +201,8 @@ def test_a_teacher_beside_the_cache_serves_evaluations_alone_and_they_say_the_sa
     live, stored = beside.rows("evaluation/"), alone.rows("evaluation/")
     assert len(stored) == 2
     for ours, theirs in zip(stored, live, strict=True):
-        assert theirs.keys() - ours.keys() == {"evaluation/top1_agreement"}
+        unknown = ("top1_agreement", "reverse_kl_t1", "jsd_t1")
+        assert theirs.keys() - ours.keys() == {f"evaluation/{name}" for name in unknown}
         assert ours["evaluation/ce_loss"] == pytest.approx(theirs["evaluation/ce_loss"], rel=1e-6)
         assert ours["evaluation/teacher_ce_loss"] == pytest.approx(theirs["evaluation/teacher_ce_loss"], abs=5e-3)
         for name in ("evaluation/kl_t1", "evaluation/kd_loss"):
@@ -361,6 +363,7 @@ REFUSED = [
     ("drawn", {"max_target_length": 16}, "max_target_length=16: {cache} was made with 32; set that, or cache anew"),
     ("drawn", {"vocab_size": 300, "override_model_config": "true"}, "vocab_size=300: {cache} was made with 256"),
     ("drawn", {"kd_vocab_size": 200}, "kd_vocab_size=200: {cache} was made with 0"),
+    ("drawn", {"kd_divergence": "jsd"}, "kd_divergence=jsd: {cache} holds draws, .*forward_kl alone"),
     ("drawn", {"kd_top_k": 5}, "kd_top_k=5: {cache} holds draws, .* allowed is 0"),
     ("drawn", {"kd_top_p": 0.9}, "kd_top_p=0.9: not supported together with kd_cache_path=.*allowed is 0"),
     ("drawn", {"kd_mtp_alpha": 0.5, "mtp_num_layers": 1}, "kd_mtp_alpha=0.5: not supported .*allowed is 0"),
@@ -395,6 +398,12 @@ def test_what_a_cache_cannot_teach_is_refused_by_name(kind, keys, message, reque
     folder = request.getfixturevalue(kind)
     line = caches.arguments({"use_kd": "true", "kd_cache_path": folder} | keys, tmp_path)
     assert re.search(message.format(cache=re.escape(f"kd_cache_path={folder}")), refusal(line))
+
+
+def test_a_step_that_is_compiled_for_draws_takes_the_forward_kl_alone():
+    kd = check_kd({"use_kd": True, "kd_cache_path": "/cache", "kd_divergence": "tvd"})
+    with pytest.raises(ConfigError, match="kd_divergence=tvd: kd_cache_path=/cache holds draws"):
+        cached.assumed(None, kd)
 
 
 def test_the_likeliest_tokens_that_are_stored_are_the_truncation_that_a_run_tells_of(likeliest, drawn, tmp_path):

@@ -95,7 +95,7 @@ def training(loss):
 
 def test_an_evaluation_is_weighted_by_tokens_not_by_batches(logger):
     names = ("ce_sum", "kd_sum", "kl_t1_sum", "teacher_ce_sum", "agreement_sum", "kept_mass_sum", "z_loss_sum")
-    names += ("moe_lb_loss_sum", "mtp_loss_sum", "log_z_sq_sum", "objective")
+    names += ("reverse_kl_t1_sum", "jsd_t1_sum", "moe_lb_loss_sum", "mtp_loss_sum", "log_z_sq_sum", "objective")
     for count, (n, mean) in enumerate(((10, 4.0), (1000, 1.0))):
         sums = {f"evaluation/{name}": jnp.float32(n * mean) for name in names}
         logger.buffer_and_write_metrics(
@@ -104,7 +104,8 @@ def test_an_evaluation_is_weighted_by_tokens_not_by_batches(logger):
     logger.buffer_and_write_metrics(training(1.0), 0, NO_TIME)
     (row,) = [row for row in rows(logger) if "evaluation/ce_loss" in row]
     expected = (10 * 4.0 + 1000 * 1.0) / 1010
-    for name in ("ce_loss", "kd_loss", "kl_t1", "teacher_ce_loss", "top1_agreement", "z_loss", "moe_lb_loss"):
+    means = ("ce_loss", "kd_loss", "kl_t1", "reverse_kl_t1", "jsd_t1", "teacher_ce_loss", "top1_agreement")
+    for name in (*means, "z_loss", "moe_lb_loss"):
         assert row[f"evaluation/{name}"] == pytest.approx(expected, rel=1e-6)
     assert row["evaluation/perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert row["evaluation/total_weights"] == 1010

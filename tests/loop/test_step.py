@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
+from MaxText.distill.kd_loss import kd_sums
+from MaxText.distill.terms.named import term_named
 from MaxText.loop import step
 
 pytestmark = pytest.mark.e2e
@@ -118,6 +120,27 @@ def test_a_student_equal_to_its_teacher_has_the_kd_that_its_strategy_defines(tmp
         assert float(metrics["learning/kd_kept_mass"]) == pytest.approx(kept[valid].mean(), rel=1e-5)
     metrics = metrics_of(same, batch, kd_temperature=temperature)  # the whole vocabulary
     assert float(metrics["learning/kd_loss"]) == pytest.approx(0, abs=1e-5)
+
+
+DIVERGENCES = ("jsd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reverse_kl", "skew_kl", "tvd")))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_each_divergence_is_that_of_the_dense_logits(lab, name):
+    batch, settings = lab_lib.padded_batch(), {"top_k": 8, "truncation_strategy": "other_bucket"}
+    models, term = lab.models, term_named(name, jsd_beta=0.1, skew=0.2)
+
+    def dense(state, teacher):
+        student = logits_of(nnx.merge(models.student, state).model, models.config, batch)
+        target = logits_of(nnx.merge(models.teacher, teacher, copy=True), models.teacher_config, batch)
+        mask = batch["targets_segmentation"] != 0
+        return kd_sums(student, target, batch["targets"], mask, temperature=2.0, term=term, **settings)
+
+    sums = lab.under(dense, lab.student.state, lab.teacher.state)
+    kd = {"kd_divergence": name, "kd_jsd_beta": 0.1, "kd_skew": 0.2} | {f"kd_{key}": settings[key] for key in settings}
+    assert float(metrics_of(lab, batch, **kd)["learning/kd_loss"]) == pytest.approx(
+        float(sums.kd_sum / sums.n), rel=1e-5
+    )
 
 
 def test_what_stands_at_padding_changes_nothing(lab):

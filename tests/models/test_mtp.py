@@ -13,7 +13,8 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
-from MaxText.distill.kd_loss import cross_entropy, kl_divergence
+from MaxText.distill.kd_loss import cross_entropy, divergence, kl_divergence
+from MaxText.distill.terms.jensen_shannon import JensenShannon
 from MaxText.loop import step
 from MaxText.models import heads
 
@@ -104,7 +105,7 @@ def test_the_acceptance_rate_is_the_engines_own(make, depth):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def dense_mtp_loss(lab, batch, alpha, **settings):
+def dense_mtp_loss(lab, batch, alpha, take, **settings):
     """The loss by its definition, from dense logits and by shifts along plain rows."""
     models = lab.models
     config, teacher_config = models.config, models.teacher_config
@@ -127,8 +128,8 @@ def dense_mtp_loss(lab, batch, alpha, **settings):
             # MaxText asks for the last of the k steps alone to be within one document.
             is_step = ahead(segment, k) == ahead(segment, k - 1)
             valid = is_step & (ahead(segment, k - 1) > 0) & (ahead(batch["targets_segmentation"], k) > 0)
-            divergence = kl_divergence(drafted, ahead(logits, k), temperature=TEMPERATURE, **settings)
-            kl += TEMPERATURE**2 * jnp.sum(jnp.where(valid, divergence, 0.0))
+            found = take(drafted, ahead(logits, k), temperature=TEMPERATURE, **settings)
+            kl += TEMPERATURE**2 * jnp.sum(jnp.where(valid, found, 0.0))
             ce += jnp.sum(jnp.where(valid, cross_entropy(drafted, ahead(batch["targets"], k)), 0.0))
             n += valid.sum()
         return config.mtp_loss_scaling_factor * ((1 - alpha) * ce + alpha * kl) / n, (ce / n, kl / n)
@@ -136,12 +137,14 @@ def dense_mtp_loss(lab, batch, alpha, **settings):
     return lab.under(jax.value_and_grad(loss, has_aux=True), params, lab.teacher.state)
 
 
-def test_the_heads_learn_the_teachers_next_token_where_their_predictions_lie(make):
-    lab = make(kd_mtp_alpha=0.4, kd_top_k=8, kd_truncation_strategy="other_bucket")
+@pytest.mark.parametrize("name", ("forward_kl", pytest.param("jsd", marks=pytest.mark.slow)))
+def test_the_heads_learn_the_teachers_next_token_where_their_predictions_lie(make, name):
+    lab = make(kd_mtp_alpha=0.4, kd_top_k=8, kd_truncation_strategy="other_bucket", kd_divergence=name)
     batch = packed_batch(lab)
     (loss, sums), gradient = mtp_loss(lab, batch)
     settings = {"top_k": 8, "truncation_strategy": "other_bucket"}
-    (expected, (ce, kl)), expected_gradient = dense_mtp_loss(lab, batch, 0.4, **settings)
+    take = kl_divergence if name == "forward_kl" else functools.partial(divergence, term=JensenShannon(0.5))
+    (expected, (ce, kl)), expected_gradient = dense_mtp_loss(lab, batch, 0.4, take, **settings)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(sums["mtp_ce_loss_sum"] / sums["n"], ce, rtol=1e-5)
     np.testing.assert_allclose(sums["mtp_kd_loss_sum"] / sums["n"], kl, rtol=1e-5)

@@ -6,7 +6,7 @@ others (checks.py).
 
 import functools
 import os
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
@@ -35,6 +35,7 @@ class KDKeys(pydantic.BaseModel):
     kd_top_k: int = pydantic.Field(ge=0)
     kd_top_p: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_truncation_strategy: Literal["renormalize", "other_bucket", "renormalize_teacher"]
+    kd_positions: Literal["all"] | Annotated[float, pydantic.Field(gt=0, lt=1, allow_inf_nan=False)]
     kd_teacher_parameters_path: str
     kd_teacher_model_name: str
     kd_teacher_overrides: dict[str, Any]
@@ -111,6 +112,11 @@ class Distillation(KDKeys, frozen=True, extra="forbid"):
     def distils(self) -> bool:
         """Whether the train step takes a divergence."""
         return self.use_kd and (self.kd_alpha > 0 or self.kd_alpha_schedule != "constant")
+
+    @property
+    def chooses_positions(self) -> bool:
+        """Whether the divergence is taken at some positions alone."""
+        return self.distils and self.kd_positions != "all"
 
     @property
     def teacher_in_step(self) -> bool:

@@ -193,3 +193,26 @@ class ForwardKL(OfKeptSet):
 
 
 FORWARD_KL = {name: ForwardKL(*meaning) for name, meaning in STRATEGIES.items()}
+
+
+class Nothing(Divergence):
+    """0, whatever the teacher: of positions that are not taught."""
+
+    @property
+    def reads_outside(self) -> bool:
+        return False
+
+    def maxima(self, logits: Logits) -> tuple[()]:
+        return ()
+
+    def terms(self, logits: Logits, scale: Scale) -> tuple[()]:
+        return ()
+
+    def value(self, scale: Scale, sums: Sums) -> PerPosition:
+        return jnp.zeros_like(sums.p)
+
+    def slope(self, logits: Logits, scale: Scale, sums: Sums, weight: PerPosition) -> PerToken:
+        return jnp.zeros_like(logits.student)
+
+
+NOTHING = Nothing()

@@ -89,7 +89,8 @@ def loss_text(kd: Distillation) -> str:
     course = schedule_text(
         kd.kd_temperature_schedule, kd.kd_temperature_start, kd.kd_temperature, kd.kd_temperature_end
     )
-    return f"{weights} T^2 {divergence_text(kd)} over {kept}{alpha}, T = {course}"
+    where = f" at the {kd.kd_positions:.0%} of positions of highest entropy" if kd.chooses_positions else ""
+    return f"{weights} T^2 {divergence_text(kd)} over {kept}{where}{alpha}, T = {course}"
 
 
 def divergence_text(kd: Distillation) -> str:

@@ -22,10 +22,11 @@ from MaxText.distill.blockwise import Tokens
 from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.truncation import Scalar
 from MaxText.loop import schedules
-from MaxText.models import heads, mtp
+from MaxText.models import heads, mtp, positions
 
 Batch = dict[str, jax.Array]
 Scalars = dict[str, jax.Array]
+CHOSEN = "kd_chosen"  # of a microbatch's positions, those that are taught
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,15 @@ def train_step(
     config = models.config
     train_state = nnx.merge(models.student, state)
     alpha, temperature = models.schedules.at(train_state.optimizer.step[...])
+    share = None
+    if models.kd.chooses_positions and config.gradient_accumulation_steps > 1:
+        chosen = chosen_of_all(models, train_state.model, batch)
+        batch, share = batch | {CHOSEN: chosen.mask}, chosen.share
 
     def loss_fn(  # upstream's signature
         model: nnx.Module, config: Any, data: Batch, dropout_rng: Any, params: Any, is_train: bool = True
     ) -> tuple[jax.Array, dict[str, Any]]:
-        return distillation_loss(models, model, teacher, data, is_train, alpha, temperature)
+        return distillation_loss(models, model, teacher, data, is_train, alpha, temperature, share)
 
     if config.gradient_accumulation_steps > 1:
         _, aux, raw_grads = upstream.gradient_accumulation.gradient_accumulation_loss_and_grad(
@@ -132,11 +137,14 @@ def distillation_loss(
     is_train: bool,
     alpha: jax.Array,
     temperature: Scalar,
+    share: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The objective of one (micro)batch and the sums it is made of.
 
     loss = ((1 - alpha) CE + alpha T^2 D + z-loss) / n + MoE load balancing + MTP, times n under gradient
     accumulation, where upstream divides by the token count of all microbatches.
+
+    `share`: of the step's tokens those that `data` says are chosen; None: the choice is made here.
 
     Returns:
       The loss; and aux with "sums" (float32 scalars that may be added over microbatches), "intermediate_outputs" (what
@@ -151,7 +159,12 @@ def distillation_loss(
     guide = teachers_side(models, teacher, data, is_train)
     tokens = Tokens(data["targets"], data["targets_segmentation"] != 0)
     weights = Weights(alpha, temperature, config.z_loss_multiplier)
-    objective, parts = heads.kd_objective(models.mesh, kd, learner, guide, tokens, weights, evaluation=not is_train)
+    chosen = None
+    if kd.chooses_positions and is_train:
+        chosen = chosen_here(models, learner, tokens.mask) if share is None else heads.Chosen(data[CHOSEN], share)
+    objective, parts = heads.kd_objective(
+        models.mesh, kd, learner, guide, tokens, weights, evaluation=not is_train, chosen=chosen
+    )
     n = parts.n
     moe_lb_loss, mtp_loss = load_balancing_loss(config, reported), jnp.float32(0)
     sums: Scalars = {name: value for name, value in parts._asdict().items() if value is not None}
@@ -176,6 +189,36 @@ def distillation_loss(
     }
     summed = config.gradient_accumulation_steps > 1 and is_train
     return (objective if summed else objective / jnp.maximum(n, 1)), aux
+
+
+def chosen_here(models: Models, learner: heads.Side, mask: jax.Array) -> heads.Chosen:
+    """Where a batch that is the whole step's is taught."""
+    kd = models.kd
+    return positions.choose(positions.entropies(models.mesh, kd, learner, mask), mask, float(kd.kd_positions))
+
+
+def chosen_of_all(models: Models, model: nnx.Module, batch: Batch) -> heads.Chosen:
+    """Where a step's batch is taught, by a forward pass over each of its microbatches, without dropout.
+
+    A row's microbatch is its number modulo theirs, as upstream has it.
+    """
+    config = models.config
+    steps, rows = config.gradient_accumulation_steps, config.micro_batch_size_to_train_on
+    graphdef, state = nnx.split(model)
+    apart = {key: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1) for key, x in batch.items()}
+    mask = (apart["targets_segmentation"] != 0) & (jnp.arange(apart["targets"].shape[1]) < rows)[:, None]
+
+    def of_microbatch(data: Batch) -> jax.Array:
+        local = nnx.merge(graphdef, state, copy=True)
+        data = {key: value[:rows] for key, value in data.items()}
+        reported = forward(local, config, data, enable_dropout=False)
+        learner = heads.Side(config, heads.head_of(local), heads.normed_hidden_states(local, reported, False))
+        return positions.entropies(models.mesh, models.kd, learner, data["targets_segmentation"] != 0)
+
+    found = jax.lax.map(of_microbatch, apart)
+    found = jnp.pad(found, ((0, 0), (0, mask.shape[1] - rows), (0, 0)))
+    found, mask = (jnp.swapaxes(x, 0, 1).reshape(batch["targets"].shape) for x in (found, mask))
+    return positions.choose(found, mask, float(models.kd.kd_positions))
 
 
 def teachers_side(models: Models, teacher: nnx.State | None, data: Batch, is_train: bool) -> heads.Side | StoredTeacher:
@@ -292,18 +335,19 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
     ce = sums["ce_sum"] / n
     lm_loss = ce + sums["z_loss_sum"] / n  # as upstream means it: with the z-loss
     distilled_mtp = ("mtp_ce_loss", "mtp_kd_loss") if models.kd.kd_mtp_alpha > 0 else ()
-    kept = {"learning/kd_kept_mass": sums["kept_mass_sum"] / n} if "kept_mass_sum" in sums else {}  # not of draws
+    # Of draws no kept mass is known; where positions are chosen, the teacher's cross-entropy is not.
+    names = {"learning/kd_kept_mass": "kept_mass_sum", "learning/teacher_ce_loss": "teacher_ce_sum"}
+    known = {metric: sums[name] / n for metric, name in names.items() if name in sums}
     return {
         "learning/loss": sums["objective"] / n,
         "learning/ce_loss": ce,
         "learning/lm_loss": lm_loss,
         "learning/perplexity": jnp.exp(lm_loss),
         "learning/kd_loss": sums["kd_sum"] / n,
-        "learning/teacher_ce_loss": sums["teacher_ce_sum"] / n,
         "learning/z_loss": sums["z_loss_sum"] / n,
         "learning/moe_lb_loss": sums["moe_lb_loss_sum"] / n,
         "learning/mtp_loss": sums["mtp_loss_sum"] / n,
         "learning/total_weights": sums["n"],
-        **kept,
+        **known,
         **{f"learning/{name}": sums[f"{name}_sum"] / n for name in distilled_mtp},
     }

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from MaxText import upstream
 from MaxText.chips import chip_of
 from MaxText.config.keys import Distillation
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
-from MaxText.distill.divergences import Divergence
+from MaxText.distill.divergences import NOTHING, Divergence
 from MaxText.distill.kd_loss import KDSums
 from MaxText.distill.projection import Projection
 from MaxText.distill.stored import StoredTeacher
@@ -225,6 +225,17 @@ class Side(NamedTuple):
     hidden: Float[Array, "B L D"]
 
 
+class Chosen(NamedTuple):
+    """The positions at which the divergence is taken (positions.py).
+
+    mask: True at these, which are valid ones.
+    share: of the step's valid positions.
+    """
+
+    mask: Bool[Array, "B L"]
+    share: Float[Array, ""]
+
+
 def kd_objective(
     mesh: Mesh,
     kd: Distillation,
@@ -234,6 +245,7 @@ def kd_objective(
     weights: Weights,
     *,
     evaluation: bool,
+    chosen: Chosen | None = None,
 ) -> tuple[Float[Array, ""], KDSums]:
     """`blockwise_kd` over all devices' tokens.
 
@@ -246,9 +258,12 @@ def kd_objective(
       tokens: targets and mask, [B, L].
       weights: of the step at hand.
       evaluation: also sum the full-vocabulary KL at T = 1 and the agreement, where they can be known.
+      chosen: the divergence is taken at these positions, in the mean over them, and nowhere else is the teacher
+        projected. None: at all positions.
 
     Returns:
-      The objective's sum over all valid positions, and the sums it is made of.
+      The objective's sum over all valid positions, and the sums it is made of. With `chosen` what is known of the
+      teacher is that of those positions, and weighs so that it is their mean when divided by n; teacher_ce_sum is None.
     """
     teacher_config = teacher.config if isinstance(teacher, Side) else None
     layout = Layout(mesh, tokens.targets.shape, student.config, teacher_config, kd)
@@ -257,30 +272,65 @@ def kd_objective(
     axes = tuple(axis for axis in layout.token_axes if axis not in layout.pooled_axes)
     changing = {name: weight for name, weight in weights._asdict().items() if isinstance(weight, Array)}
 
+    taken = divergence(kd) if teacher is not None else NOTHING
+    walk = functools.partial(
+        blockwise_kd,
+        block_size=layout.walk.block,
+        evaluation=evaluation,
+        vocab_axis=layout.vocab_axes,
+        pooled_axis=layout.pooled_axes,
+    )
+
     def local(
-        learner: Projection, guide: Guide, tokens: Tokens, changing: dict[str, Array]
+        learner: Projection,
+        guide: Guide,
+        tokens: Tokens,
+        changing: dict[str, Array],
+        choice: tuple[Guide, Chosen] | None,
     ) -> tuple[Float[Array, ""], KDSums]:
-        result = blockwise_kd(
-            flat_rows(learner),
-            flat_guide(guide),
-            Tokens(*map(flat, tokens)),
-            weights._replace(**changing),
-            divergence=divergence(kd) if teacher is not None else divergence_of(None, "renormalize"),
-            block_size=layout.walk.block,
-            evaluation=evaluation,
-            vocab_axis=layout.vocab_axes,
-            pooled_axis=layout.pooled_axes,
-        )
+        learner, guide, tokens = flat_rows(learner), flat_guide(guide), Tokens(*map(flat, tokens))
+        of_step = weights._replace(**changing)
+        if choice is None:
+            result = walk(learner, guide, tokens, of_step, divergence=taken)
+        else:
+            nobody, (taught, share) = flat_guide(choice[0]), choice[1]
+            of_taught, scale = for_share(of_step, share)
+            here = tokens._replace(mask=flat(taught))
+            elsewhere = tokens._replace(mask=tokens.mask & ~flat(taught))
+            objective, sums = walk(learner, guide, here, of_taught, divergence=taken)
+            rest, others = walk(learner, nobody, elsewhere, of_step, divergence=NOTHING)
+            result = scale * objective + rest, of_both(sums, others, share)
         return jax.lax.psum(result, axes) if axes else result
 
     nowhere = PartitionSpec()
+    choice, choice_spec = None, None
+    if chosen is not None:
+        nobody, nobody_spec = teachers_side(kd, student, None, layout)
+        choice, choice_spec = (nobody, chosen), (nobody_spec, Chosen(layout.tokens, nowhere))  # type: ignore[arg-type]
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(learner_spec, guide_spec, layout.tokens, nowhere),
+        in_specs=(learner_spec, guide_spec, layout.tokens, nowhere, choice_spec),
         out_specs=nowhere,
     )
-    return sharded(learner, guide, tokens, changing)
+    return sharded(learner, guide, tokens, changing, choice)
+
+
+def for_share(weights: Weights, share: Float[Array, ""]) -> tuple[Weights, Float[Array, ""]]:
+    """The weights at positions that carry the whole divergence, and what their objective is then multiplied by.
+
+    The cross-entropy there weighs as it does elsewhere, the divergence 1 / share of that.
+    """
+    of_kd = weights.alpha / share
+    scale = 1 - weights.alpha + of_kd
+    return weights._replace(alpha=of_kd / scale, z_weight=weights.z_weight / scale), scale
+
+
+def of_both(taught: KDSums, others: KDSums, share: Float[Array, ""]) -> KDSums:
+    """The sums of all positions, where those that know the teacher are of a share of them."""
+    added = {name: getattr(taught, name) + getattr(others, name) for name in ("ce_sum", "log_z_sq_sum", "n")}
+    kept = None if taught.kept_mass_sum is None else taught.kept_mass_sum / share
+    return taught._replace(**added, kd_sum=taught.kd_sum / share, kept_mass_sum=kept, teacher_ce_sum=None)  # type: ignore[arg-type]
 
 
 def divergence(kd: Distillation) -> Divergence:

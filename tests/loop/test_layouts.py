@@ -87,6 +87,15 @@ def test_a_layout_agrees_with_one_device(distil, one_device, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp and tensor", "data, microbatches"])
+def test_the_share_of_positions_that_is_taught_is_of_all_devices_tokens(distil, layout):
+    devices, keys = LAYOUTS[layout]
+    some = {"kd_positions": 0.3, "kd_embedding_std": 3}  # begins surer of some positions than of others
+    expected = distil("some_positions", **some)
+    assert_same_run(distil(f"some_positions_on_{devices}", devices, **some, **keys), expected)
+
+
+@pytest.mark.slow
 def test_microbatches_of_packed_rows_agree_with_one_batch(distil):
     packed = {"packing": "true"}
     microbatches = {"gradient_accumulation_steps": 4, "per_device_batch_size": 2}

@@ -6,7 +6,7 @@ others (checks.py).
 
 import functools
 import os
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -35,7 +35,7 @@ class KDKeys(pydantic.BaseModel):
     kd_top_k: int = pydantic.Field(ge=0)
     kd_top_p: float = pydantic.Field(ge=0, le=1, allow_inf_nan=False)
     kd_truncation_strategy: Literal["renormalize", "other_bucket", "renormalize_teacher"]
-    kd_positions: Literal["all"] | Annotated[float, pydantic.Field(gt=0, lt=1, allow_inf_nan=False)]
+    kd_positions: float | Literal["all"]
     kd_teacher_parameters_path: str
     kd_teacher_model_name: str
     kd_teacher_overrides: dict[str, Any]
@@ -63,6 +63,13 @@ class KDKeys(pydantic.BaseModel):
     def _true_is_no_number(cls, value: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError("a number is expected")
+        return value
+
+    @pydantic.field_validator("kd_positions", mode="before")
+    @classmethod
+    def _is_all_or_a_share(cls, value: Any) -> Any:
+        if value != "all" and not (isinstance(value, float) and 0 < value < 1):
+            raise ValueError("all is expected, or a share of the positions, above 0 and below 1")
         return value
 
     @pydantic.field_validator(

@@ -24,6 +24,7 @@ Weight = Callable[[Float[Array, "n #V"]], Float[Array, "n #V"]]
 _WAYS = 8  # parts that a visit makes of a bracket; so many sums cost what the logits cost to be read
 _PARTS = 32  # of a vocabulary; the first level of counting
 _CHUNK = 128  # tokens, the second level; the width of an accelerator's registers
+TYPICAL_VISITS = 5  # of the vocabulary, until the bound is found
 
 
 class _Bracket(NamedTuple):
@@ -82,6 +83,11 @@ def crossing(
     start = whole, [ordered_keys(logit, shift) for logit in evenly]
     bracket, _ = jax.lax.while_loop(is_wide, narrower, start)
     return logit_of_key(bracket.low, shift), bracket.above
+
+
+def most_visits(bits: int) -> int:
+    """Of the vocabulary, until the bound of logits of so many bits is found: one by value, the others by bits."""
+    return 1 + -(-bits // (_WAYS.bit_length() - 1))
 
 
 def nth_equal(

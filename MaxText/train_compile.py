@@ -42,7 +42,7 @@ with epy.lazy_imports():
     from MaxText import train as train_lib
     from MaxText.data import cached
     from MaxText.distill import search
-    from MaxText.loop import header, parts
+    from MaxText.loop import flags, header, parts
     from MaxText.models import heads
     from MaxText.models import student as student_lib
     from MaxText.models import teacher as teacher_lib
@@ -231,6 +231,8 @@ def description(run: Run, student: Any, teacher: Any) -> list[tuple[str, str]]:
     lines.append(("devices", header.layout_text(student.mesh)))
     compiler = f", libtpu {libtpu_version()}" if student.mesh.devices.flat[0].platform == "tpu" else ""
     lines.append(("compiler", f"jax {jax.__version__}{compiler}"))
+    options = flags.compiler_options(config, student.mesh, distils=kd.use_kd) or {}
+    lines += [("flag", f"--{name}={value}") for name, value in options.items()]
     return lines
 
 

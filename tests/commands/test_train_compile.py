@@ -209,7 +209,8 @@ def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_
     names = ("teacher", "student_forward", "loss", "backward", "optimizer")
     for quantity in ("estimated_seconds", "network_bytes", "memory_bytes"):
         each = [row[f"compile/{name}_{quantity}"] for name in names]
-        assert min(each) > 0 and row[f"compile/{quantity}"] == pytest.approx(sum(each)), quantity
+        assert row[f"compile/{quantity}"] == pytest.approx(sum(each)) and sum(each) > 0, quantity
+        assert min(each) > 0 or quantity == "network_bytes"  # of the teacher none, where each device holds all of it
     assert row["compile/most_estimated_seconds"] > row["compile/estimated_seconds"] > 0  # kd_top_k searches
     assert "teacher 2; student forward 2; loss 1; backward 2" in result.output and "look at  " in result.output
 

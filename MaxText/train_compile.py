@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         cost.refusal = refusal(str(error))
     say("\n".join(f"{title:>10}  {text}" for title, text in cost.lines()))
     if config.metrics_file:
-        append_row(config.metrics_file, cost.row() | {"run_name": config.run_name})
+        append_row(config.metrics_file, cost.row() | {"run_name": config.run_name, "compile/libtpu": libtpu_version()})
     return 1 if cost.refusal else 0
 
 

@@ -45,11 +45,12 @@ class Account:
     """A program's work.
 
     parts: part -> its work.
-    loops: part -> rounds of its loops that stand in no other, in the program's order.
+    loops: part -> rounds of its loops that stand in no other, in the program's order; each with those of a loop of
+      unknown end within it, if there is one.
     """
 
     parts: dict[str, Work] = dataclasses.field(default_factory=lambda: collections.defaultdict(Work))
-    loops: dict[str, list[int]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+    loops: dict[str, list[tuple[int, ...]]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
 
     @property
     def total(self) -> Work:
@@ -60,6 +61,13 @@ class Account:
 
     def add(self, part: str, work: Work, times: int = 1) -> None:
         self.parts[part].add(work, times)
+
+    def take(self, other: "Account", times: int = 1) -> None:
+        """What another computation does, so many times, and its loops."""
+        for part, work in other.parts.items():
+            self.add(part, work, times)
+        for part, loops in other.loops.items():
+            self.loops[part] += loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +105,23 @@ class _Reader:
             elif item.operation in ("conditional", "call"):
                 branches = [self.read(self.program.computations[name], own, depth) for name in item.called]
                 longest = max(branches, key=lambda branch: branch.total.cycles)
-                for name, work in longest.parts.items():
-                    found.add(name, work)
+                found.take(longest)
             else:
                 found.add(own, self.alone(item, where, seen))
         return found
 
     def read_loop(self, loop: Instruction, where: Computation, part: str, depth: int | None, found: Account) -> None:
-        rounds, inner = self.program.rounds(loop, where), depth or 0
+        known, inner = self.program.rounds(loop, where), depth or 0
+        rounds = known
         if rounds is None:
             said = self.reading.rounds.get(part, ())
             rounds = said[inner] if inner < len(said) else 1
             inner += 1
-        if depth is None:
-            found.loops[part].append(rounds)
         body = self.read(self.program.computations[loop.attribute("body")], part, inner)
-        for name, work in body.parts.items():
-            found.add(name, work, rounds)
+        if depth is None or known is None:
+            within = [each for loops in body.loops.values() for each in loops]
+            body.loops = {part: [(rounds, *each) for each in within or [()]]}
+        found.take(body, rounds)
 
     def alone(self, item: Instruction, where: Computation, seen: set[str]) -> Work:
         """Of an instruction that runs no other computation but fused ones."""

@@ -140,8 +140,10 @@ class Cost:
         lines = [("estimate", f"{1000 * self.estimated(total):.1f} ms a step, by the compiler's cycles")]
         if worst.cycles > total.cycles:
             lines.append(("", f"{1000 * self.estimated(worst):.1f} ms with every search at its longest"))
-        loops = "; ".join(f"{part} {' and '.join(map(str, rounds))}" for part, rounds in self.account.loops.items())
-        lines.append(("loops", f"rounds: {loops}"))
+        loops = (
+            (part, " and ".join(" x ".join(map(str, each)) for each in of)) for part, of in self.account.loops.items()
+        )
+        lines.append(("loops", "rounds: " + "; ".join(f"{part} {rounds}" for part, rounds in loops)))
         lines.append(("parts", f"{'':16}{'at peak':>10}{'estimate':>12}{'memory':>12}{'network':>12}{'waited':>12}"))
         for part, work in [*((part, self.account.parts[part]) for part in self.flops), ("together", total)]:
             at_peak = self.at_peak(part) if work is not total else sum(map(self.at_peak, self.flops))

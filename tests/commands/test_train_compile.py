@@ -212,7 +212,7 @@ def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_
         assert row[f"compile/{quantity}"] == pytest.approx(sum(each)) and sum(each) > 0, quantity
         assert min(each) > 0 or quantity == "network_bytes"  # of the teacher none, where each device holds all of it
     assert row["compile/most_estimated_seconds"] > row["compile/estimated_seconds"] > 0  # kd_top_k searches
-    assert "teacher 2; student forward 2; loss 1; backward 2" in result.output and "look at  " in result.output
+    assert re.search(r"teacher 2; .*loss 1 x 5; backward 2", result.output) and "look at  " in result.output
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_a_loop_s_cycles_count_as_often_as_it_runs():
         "loss": BLOCKS * (VISITS * VISIT + SUM),
         "update": UPDATE,
     }
-    assert read().loops == {"student": [2], "loss": [BLOCKS]}
+    assert read().loops == {"student": [(2,)], "loss": [(BLOCKS, VISITS)]}
 
 
 @pytest.mark.parametrize("visits", [3, 7])

@@ -8,6 +8,7 @@ whether something is computed meanwhile.
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from MaxText.compiled import traffic
@@ -97,7 +98,7 @@ class _Reader:
     def read(self, where: Computation, part: str, depth: int | None) -> Account:
         """`part` is that of what runs the computation; `depth`, of loops of unknown end around it; None in no loop."""
         found = Account()
-        seen: set[str] = set()  # a collective that is fused with several operations has one channel
+        seen: set[str] = set()  # collectives that are fused with several operations, by what those have in common
         for item in where.instructions.values():
             own = self.reading.part_of(item.place) or part
             if item.operation == "while":
@@ -133,13 +134,13 @@ class _Reader:
             called = self.program.computations[item.called[0]]
             inner = [(found, called) for found in called.instructions.values()]
         for found, place in inner:
-            received, channel = traffic.received(found, place), found.attribute("channel_id")
-            is_shared = "async_collective_fusion_config" in found.attributes
-            if is_shared and channel in seen:
+            received = traffic.received(found, place)
+            chain = re.search(r'chain_id="(\w+)"', found.attributes)
+            if chain and chain[0] in seen:
                 continue
             work.received += received
-            if is_shared:
-                seen.add(channel)
+            if chain:
+                seen.add(chain[0])
             elif not (found.operation.endswith("-start") or item.operation == "async-start"):
                 work.waited += received
         return work

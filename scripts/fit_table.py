@@ -16,7 +16,7 @@ from typing import Any
 
 from MaxText import console
 from MaxText.config.files import ROOT
-from MaxText.reports import recipes
+from MaxText.reports import recipe_costs
 
 ROWS = ROOT / "runs/fit.jsonl"
 README = ROOT / "README.md"
@@ -29,7 +29,7 @@ def known(rows: Path) -> dict[str, dict[str, Any]]:
 
 
 def compiled(recipe: Path) -> None:
-    topology = recipes.topology(recipe.read_text())
+    topology = recipe_costs.topology(recipe.read_text())
     arguments = [f"compile_topology={topology}", "compile_topology_num_slices=1"]
     arguments += [f"run_name={recipe.stem}", f"metrics_file={ROWS}"]
     program = [sys.executable, str(ROOT / "MaxText/train_compile.py"), str(recipe), *arguments]
@@ -46,9 +46,9 @@ def main(arguments: list[str]) -> None:
         if given.again or recipe.stem not in known(ROWS):
             compiled(recipe)
         row = known(ROWS)[recipe.stem]
-        recipe.write_text(recipes.with_cost(recipe.read_text(), row))
+        recipe.write_text(recipe_costs.with_cost(recipe.read_text(), row))
         print(f"{recipe}: header written")
-    README.write_text(recipes.with_table(README.read_text(), recipes.found(ROOT / "configs")))
+    README.write_text(recipe_costs.with_table(README.read_text(), recipe_costs.found(ROOT / "configs")))
     print(f"{README.name}: table written")
 
 

@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT
 
-from MaxText.reports import recipes
+from MaxText.reports import recipe_costs
 
 RECIPE = """# A recipe.
 #
@@ -32,28 +32,28 @@ ROW = {
 
 
 def test_a_header_tells_what_the_compiled_step_costs_and_nothing_else_changes():
-    written = recipes.with_cost(RECIPE, ROW)
-    assert recipes.described("mine", written) == recipes.Recipe("mine", "v5e-16", 2.66, "538", "804")
+    written = recipe_costs.with_cost(RECIPE, ROW)
+    assert recipe_costs.described("mine", written) == recipe_costs.Recipe("mine", "v5e-16", 2.66, "538", "804")
     (before, after), (was_before, was_after) = (
         (text.split("#   cost")[0], text[text.index("#   tokens") :]) for text in (written, RECIPE)
     )
     assert (before, after) == (was_before, was_after)
     assert "what it was" not in written and "teacher 405" in written
-    assert all(len(line) <= recipes.WIDTH for line in written.splitlines())
-    assert recipes.with_cost(written, ROW) == written
+    assert all(len(line) <= recipe_costs.WIDTH for line in written.splitlines())
+    assert recipe_costs.with_cost(written, ROW) == written
 
 
 def test_a_header_tells_of_searches_at_their_longest_where_there_are_any():
-    assert "longest" not in recipes.cost(ROW)
-    assert "900 with every search at its longest" in recipes.cost(ROW | {"compile/most_estimated_seconds": 0.9})
+    assert "longest" not in recipe_costs.cost(ROW)
+    assert "900 with every search at its longest" in recipe_costs.cost(ROW | {"compile/most_estimated_seconds": 0.9})
 
 
 @pytest.mark.parametrize("text", ["no table", "| recipe | TPU |\n|---|\n\n| recipe | TPU |\n|---|\n"])
 def test_a_table_is_written_over_the_one_that_is_there(text):
     with pytest.raises(AssertionError, match="one table"):
-        recipes.with_table(text, [])
+        recipe_costs.with_table(text, [])
 
 
 def test_readme_s_table_is_what_the_recipes_say():
     text = (ROOT / "README.md").read_text()
-    assert recipes.with_table(text, recipes.found(ROOT / "configs")) == text
+    assert recipe_costs.with_table(text, recipe_costs.found(ROOT / "configs")) == text

@@ -27,3 +27,12 @@ def test_a_search_takes_at_most_the_visits_that_it_is_said_to(bits, most, monkey
     bound, _ = search.crossing(logits, jnp.ones_like, goal, Vocabulary(()))
     assert int(jnp.sum(logits >= bound)) >= 30
     assert search.most_visits(bits) == most and most - 1 <= max(visits) <= most
+
+
+@pytest.mark.parametrize("vocabulary", [96, 100, 32, 20])
+def test_a_part_is_the_same_by_a_visit_as_by_a_slice(vocabulary):
+    size, length = 32, min(32, vocabulary)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, vocabulary)), jnp.bfloat16)
+    start = jnp.minimum(jnp.arange(8)[:, None] % -(-vocabulary // size) * size, max(0, vocabulary - size))
+    expected = search.part_by_slice(length, logits, start)
+    np.testing.assert_array_equal(search.part_by_visit(size, length, logits, start), expected)

@@ -211,8 +211,8 @@ def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_
         each = [row[f"compile/{name}_{quantity}"] for name in names]
         assert row[f"compile/{quantity}"] == pytest.approx(sum(each)) and sum(each) > 0, quantity
         assert min(each) > 0 or quantity == "network_bytes"  # of the teacher none, where each device holds all of it
-    assert row["compile/most_estimated_seconds"] > row["compile/estimated_seconds"] > 0  # kd_top_k searches
-    assert re.search(r"teacher 2; .*loss 1 x 5; backward 2", result.output) and "look at  " in result.output
+    assert row["compile/most_estimated_seconds"] >= row["compile/estimated_seconds"] > 0
+    assert re.search(r"loops  rounds: .*loss 1", result.output) and "look at  " in result.output
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PLATFORM ?= $(or $(shell cut -d ' ' -f 1 $(STAMP) 2>/dev/null),cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 check test-fast test test-slow bench fit clean
+.PHONY: help demo demo-smollm2 check test-fast test test-slow bench fit fit-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ TOPOLOGY ?= v5e-16
 SLICES ?= 1
 fit: $(STAMP) ## compile the step for a TPU: make fit CONFIG=my.yml TOPOLOGY=v5e-16 ARGS="key=value ..."
 	$(PYTHON) MaxText/train_compile.py $(CONFIG) compile_topology=$(TOPOLOGY) compile_topology_num_slices=$(SLICES) $(ARGS)
+
+fit-table: $(STAMP) ## compile recipes, and write their costs into them and README: make fit-table ARGS="configs/my.yml ..."
+	$(PYTHON) scripts/fit_table.py $(ARGS)
 
 clean: ## remove what the demo and the runs wrote
 	rm -rf runs

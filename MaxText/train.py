@@ -31,7 +31,7 @@ from MaxText.console import RunError, end_with, first_line, say, waiting
 
 with epy.lazy_imports():
     from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, tokens
-    from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
+    from MaxText.loop import ending, failures, flags, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
     from MaxText.models import student as student_lib
@@ -165,7 +165,7 @@ def jit_steps(
 
     The states may be shapes without values: nothing is computed (train_compile.py).
     """
-    jit = functools.partial(jax.jit, compiler_options=compiler_options(config))
+    jit = functools.partial(jax.jit, compiler_options=flags.compiler_options(config, student.mesh, distils=kd.use_kd))
     plain_train, plain_eval = upstream.plain_steps(config, student, data, eval_data, jit)
     train_step: Jitted = plain_train, ()
     evaluate: Jitted = plain_eval, ()
@@ -198,20 +198,12 @@ def named(function: Callable, *arguments: Any) -> Callable:
     return bound
 
 
-def compiler_options(config: Any) -> dict[str, str] | None:
-    """compile_xla_flags as jax.jit takes them: then the program that is compiled ahead is the one that runs."""
-    try:
-        return upstream.max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags) or None
-    except ValueError as error:
-        raise ConfigError(f"compile_xla_flags={config.compile_xla_flags!r}: {error}") from error
-
-
 def compiled(config: Any, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """The program, with the options that its step was jitted with."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if config.compile_xla_flags and re.match("INVALID_ARGUMENT.*option", str(error)):
+        if re.match("INVALID_ARGUMENT.*option", str(error)):
             raise ConfigError(f"compile_xla_flags={config.compile_xla_flags!r}: {error}") from error
         raise
 

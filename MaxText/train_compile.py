@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
@@ -28,7 +27,9 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
-from MaxText.chips import Chip, chip_of
+from MaxText.chips import chip_of
+from MaxText.compiled.account import Reading
+from MaxText.compiled.cost import Cost
 from MaxText.config import resolve
 from MaxText.config.files import CONFIGS, load_layers
 from MaxText.config.keys import ConfigError, Distillation
@@ -40,7 +41,9 @@ from MaxText.console import say, waiting
 with epy.lazy_imports():
     from MaxText import train as train_lib
     from MaxText.data import cached
-    from MaxText.loop import header
+    from MaxText.distill import search
+    from MaxText.loop import flags, header, parts
+    from MaxText.models import heads
     from MaxText.models import student as student_lib
     from MaxText.models import teacher as teacher_lib
 
@@ -67,17 +70,19 @@ def main(argv: Sequence[str]) -> int:
     say("\n".join(f"{title:>10}  {text}" for title, text in description(run, student, teacher)))
 
     # 3. The step.
-    cost = Cost(chip_of(mesh), mesh.size, model_flops(config, teacher_config if kd.teacher_in_step else None))
+    guide = teacher_config if kd.teacher_in_step else None
+    cost = Cost(chip_of(mesh), mesh.size, parts.flops(config, guide, kd))
     try:
         with waiting("compiling"):
-            cost.read(train_lib.compiled(config, trace(config, kd, student, teacher).lower()))
+            program = train_lib.compiled(config, trace(config, kd, student, teacher).lower())
+        cost.read(program, *readings(mesh, config, guide, kd))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         cost.refusal = refusal(str(error))
     say("\n".join(f"{title:>10}  {text}" for title, text in cost.lines()))
     if config.metrics_file:
-        append_row(config.metrics_file, cost.row() | {"run_name": config.run_name})
+        append_row(config.metrics_file, cost.row() | {"run_name": config.run_name, "compile/libtpu": libtpu_version()})
     return 1 if cost.refusal else 0
 
 
@@ -181,132 +186,24 @@ def trace(config: Any, kd: Distillation, student: "student_lib.Student", teacher
         return train_step.trace(student.state, *arguments, batch)
 
 
+def readings(
+    mesh: jax.sharding.Mesh, config: Any, teacher_config: Any | None, kd: Distillation
+) -> tuple[Reading, Reading]:
+    """How the step's loops are counted, typically and at the worst: the loss walks until its tokens are over, and a
+    search in it until the bound of what is kept is found. No token is padding."""
+    if not kd.distils:
+        return (Reading(parts.part_of, parts.REST, {}),) * 2
+    blocks = heads.walk_of(mesh, config, teacher_config, kd).rounds
+    bits = 32 if config.logits_dot_in_fp32 else 8 * jax.numpy.dtype(config.dtype).itemsize
+    visits = search.TYPICAL_VISITS, search.most_visits(bits)
+    typical, most = (Reading(parts.part_of, parts.REST, {parts.LOSS: (blocks, number)}) for number in visits)
+    return typical, most
+
+
 def refusal(message: str) -> str:
     """The sentence of XLA's that says by how much a program is too large."""
     found = re.search(r"Ran out of memory.*?(?=\. |\n|$)", message)
     return found.group() if found else message.splitlines()[0]
-
-
-# What it costs --------------------------------------------------------------------------------------------------------
-
-
-def model_flops(config: Any, teacher_config: Any | None) -> float:
-    """FLOPs per device of one step that the models need: recomputation and padding are not among them."""
-    return upstream.tflops_per_step(config, teacher_config) * 1e12
-
-
-class Cost:
-    """What a compiled step takes of each device, as lines to read and as a row of the metrics file.
-
-    Attributes:
-      chip: the chip it is compiled for; None where the table does not hold it.
-      devices: how many devices the step runs on.
-      model_flops: per device and step.
-      refusal: why XLA did not compile it; "" where it did.
-      memory: bytes per device by kind: argument, output, alias, temp, code, peak; empty after a refusal.
-      flops, bytes_accessed: XLA's estimate per device, which counts the body of each loop once.
-    """
-
-    def __init__(self, chip: Chip | None, devices: int, model_flops: float):
-        self.chip, self.devices, self.model_flops = chip, devices, model_flops
-        self.refusal = ""
-        self.memory: dict[str, int] = {}
-        self.flops = self.bytes_accessed = math.nan
-
-    def read(self, compiled: Any) -> None:
-        found = compiled.memory_analysis()
-        self.memory = {
-            "argument": found.argument_size_in_bytes,
-            "output": found.output_size_in_bytes,
-            "alias": found.alias_size_in_bytes,
-            "temp": found.temp_size_in_bytes,
-            "code": found.generated_code_size_in_bytes,
-            "peak": found.peak_memory_in_bytes,
-        }
-        estimate = compiled.cost_analysis()
-        self.flops = estimate.get("flops", math.nan)
-        self.bytes_accessed = estimate.get("bytes accessed", math.nan)
-
-    @property
-    def total(self) -> int:
-        """Bytes per device that the step holds at most; an output that is written over an argument counts once.
-
-        An upper bound: what libtpu 0.0.50 calls temporary may hold arguments again that the step overwrites.
-        """
-        memory = self.memory
-        return memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] + memory["code"]
-
-    @property
-    def available(self) -> float | None:
-        return self.chip.memory / self.chip.devices if self.chip else None
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether XLA, which knows what the chip keeps for itself, compiled the step; None for chips unknown here."""
-        return None if self.chip is None and not self.refusal else not self.refusal
-
-    def roofline(self) -> dict[str, float]:
-        """Seconds that one step takes at least, by what bounds it."""
-        if self.chip is None:
-            return {}
-        share = 1 / self.chip.devices
-        bounds = {"compute": self.model_flops / (self.chip.flops * share)}
-        if not math.isnan(self.bytes_accessed):
-            bounds["memory"] = self.bytes_accessed / (self.chip.bandwidth * share)
-        return bounds
-
-    def lines(self) -> list[tuple[str, str]]:
-        return [*self.memory_lines(), *self.work_lines()]
-
-    def memory_lines(self) -> list[tuple[str, str]]:
-        if self.refusal:
-            return [("memory", f"does not fit: {self.refusal}")]
-        memory = self.memory
-        of = f" of {gigabytes(self.available)} on a {self.device_name}: fits" if self.available else ""
-        return [
-            ("memory", f"{gigabytes(self.total)} per device{of}"),
-            ("arguments", f"{gigabytes(memory['argument'])} (parameters, optimizer, teacher, batch)"),
-            ("outputs", f"{gigabytes(memory['output'])}, {gigabytes(memory['alias'])} of it in place of arguments"),
-            ("temporary", gigabytes(memory["temp"])),
-            ("program", gigabytes(memory["code"])),
-            (
-                "peak",
-                f"{gigabytes(memory['peak'])} of arguments, outputs and temporaries at one time, by XLA's account",
-            ),
-        ]
-
-    def work_lines(self) -> list[tuple[str, str]]:
-        lines = [("FLOPs", f"{self.model_flops:.4g} per device and step, counted from the models' shapes")]
-        if not self.refusal:
-            lines.append(("", f"{self.flops:.4g} by XLA's estimate, which counts the body of each loop once"))
-            lines.append(("bytes", f"{self.bytes_accessed:.4g} accessed by the same estimate"))
-        bounds = self.roofline()
-        if bounds:
-            slowest = max(bounds, key=lambda name: bounds[name])
-            parts = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in bounds.items())
-            lines.append(("roofline", f"a step takes at least {1000 * bounds[slowest]:.1f} ms ({parts})"))
-        return lines
-
-    @property
-    def device_name(self) -> str:
-        assert self.chip is not None
-        return self.chip.name if self.chip.devices == 1 else f"core of {self.chip.name}"
-
-    def row(self) -> dict[str, float]:
-        row: dict[str, float] = {"devices": self.devices, "model_flops": self.model_flops}
-        if self.memory:
-            row |= {f"{kind}_bytes": value for kind, value in self.memory.items()} | {"total_bytes": self.total}
-            row |= {"flops": self.flops, "bytes_accessed": self.bytes_accessed}
-        if self.available:
-            row["available_bytes"] = self.available
-        if self.fits is not None:
-            row["fits"] = float(self.fits)
-        row |= {f"roofline_{name}_seconds": seconds for name, seconds in self.roofline().items()}
-        return {f"compile/{name}": value for name, value in row.items()}
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.3f} GB"
 
 
 def append_row(path: str, row: dict[str, Any]) -> None:
@@ -334,6 +231,8 @@ def description(run: Run, student: Any, teacher: Any) -> list[tuple[str, str]]:
     lines.append(("devices", header.layout_text(student.mesh)))
     compiler = f", libtpu {libtpu_version()}" if student.mesh.devices.flat[0].platform == "tpu" else ""
     lines.append(("compiler", f"jax {jax.__version__}{compiler}"))
+    options = flags.compiler_options(config, student.mesh, distils=kd.use_kd) or {}
+    lines += [("flag", f"--{name}={value}") for name, value in options.items()]
     return lines
 
 

@@ -14,6 +14,7 @@ ROOMS: dict[str, set[str]] = {
     "upstream": set(),
     "console": set(),
     "chips": set(),
+    "compiled": {"chips"},
     "config": {"upstream", "console"},
     "cache": {"config", "console"},
     "data": {"cache", "config", "upstream", "console"},
@@ -26,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "huggingface": {"checkpoints", "models", "config", "upstream", "console"},
     "loop": {"chips", "models", "distill", "data", "cache", "config", "upstream", "console"},
 }
-ROOMS["pruning"] = set(ROOMS) - {"text", "reports", "sweeps", "cluster"}
+ROOMS["pruning"] = set(ROOMS) - {"text", "reports", "sweeps", "cluster", "compiled"}
 BELOW = set(ROOMS)
 ROOMS |= {
     "train": BELOW,

@@ -24,6 +24,7 @@ Weight = Callable[[Float[Array, "n #V"]], Float[Array, "n #V"]]
 _WAYS = 8  # parts that a visit makes of a bracket; so many sums cost what the logits cost to be read
 _PARTS = 32  # of a vocabulary; the first level of counting
 _CHUNK = 128  # tokens, the second level; the width of an accelerator's registers
+TYPICAL_VISITS = 5  # of the vocabulary, until the bound is found
 
 
 class _Bracket(NamedTuple):
@@ -84,6 +85,11 @@ def crossing(
     return logit_of_key(bracket.low, shift), bracket.above
 
 
+def most_visits(bits: int) -> int:
+    """Of the vocabulary, until the bound of logits of so many bits is found: one by value, the others by bits."""
+    return 1 + -(-bits // (_WAYS.bit_length() - 1))
+
+
 def nth_equal(
     logits: Float[Array, "n V"], value: Float[Array, "n 1"], number: Float[Array, "n 1"], vocabulary: Vocabulary
 ) -> Int[Array, "n 1"]:
@@ -101,14 +107,32 @@ def nth_equal(
     place, number = _part_of(counts, number - vocabulary.own_shard(shard_ends - shards))
     # The last part begins early enough to be as long as the others; what it repeats is not looked at.
     start = jnp.minimum(place * size, max(0, logits.shape[-1] - size))
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=min(size, logits.shape[-1]))
-    part = jax.vmap(cut)(logits, start[:, 0])
+    length = min(size, logits.shape[-1])
+    by_visit = functools.partial(part_by_visit, size, length)
+    by_slice = functools.partial(part_by_slice, length)
+    part = jax.lax.platform_dependent(logits, start, tpu=by_visit, default=by_slice)
     ids = start + jnp.arange(part.shape[-1], dtype=jnp.int32)
     is_equal = jnp.pad((part == value) & (ids >= place * size), ((0, 0), (0, -part.shape[-1] % _CHUNK)))
     chunks = is_equal.astype(jnp.int32).reshape(logits.shape[0], -1, _CHUNK)
     chunk, number = _part_of(jnp.sum(chunks, axis=-1), number)
     within, _ = _part_of(jnp.take_along_axis(chunks, chunk[..., None], axis=1)[:, 0], number)
     return vocabulary.of_shard(shard, vocabulary.first(logits) + start + chunk * _CHUNK + within)
+
+
+def part_by_slice(length: int, logits: Float[Array, "n V"], start: Int[Array, "n 1"]) -> Float[Array, "n S"]:
+    """So many of each position's logits, from `start` on."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length)
+    return jax.vmap(cut)(logits, start[:, 0])
+
+
+def part_by_visit(size: int, length: int, logits: Float[Array, "n V"], start: Int[Array, "n 1"]) -> Float[Array, "n S"]:
+    """The same for starts that are multiples of `size`, or that of the last part. A slice of each position is a loop
+    over positions to TPUs, which takes some 35 times as long as this visit of all logits."""
+    part = logits[:, :length]
+    for multiple in range(size, logits.shape[-1], size):
+        begin = min(multiple, logits.shape[-1] - length)
+        part = jnp.where(start == begin, logits[:, begin : begin + length], part)
+    return part
 
 
 def _part_of(counts: Int[Array, "n P"], number: Int[Array, "n 1"]) -> tuple[Int[Array, "n 1"], Int[Array, "n 1"]]:

@@ -21,7 +21,7 @@ from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens
 from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.truncation import Scalar
-from MaxText.loop import schedules
+from MaxText.loop import parts, schedules
 from MaxText.models import heads, mtp, positions
 
 Batch = dict[str, jax.Array]
@@ -154,22 +154,26 @@ def distillation_loss(
     rows = config.micro_batch_size_to_train_on if is_train else config.micro_batch_size_to_eval_on
     data = {key: value[:rows] for key, value in data.items()}  # per_device_batch_size < 1 loads more than it trains on
     dropout = config.enable_dropout and is_train
-    reported = forward(model, config, data, dropout)
-    learner = heads.Side(config, heads.head_of(model), heads.normed_hidden_states(model, reported, dropout))
-    guide = teachers_side(models, teacher, data, is_train)
+    with jax.named_scope(parts.STUDENT):
+        reported = forward(model, config, data, dropout)
+        learner = heads.Side(config, heads.head_of(model), heads.normed_hidden_states(model, reported, dropout))
+    with jax.named_scope(parts.TEACHER):
+        guide = teachers_side(models, teacher, data, is_train)
     tokens = Tokens(data["targets"], data["targets_segmentation"] != 0)
     weights = Weights(alpha, temperature, config.z_loss_multiplier)
-    chosen = None
-    if kd.chooses_positions and is_train:
-        chosen = chosen_here(models, learner, tokens.mask) if share is None else heads.Chosen(data[CHOSEN], share)
-    objective, parts = heads.kd_objective(
-        models.mesh, kd, learner, guide, tokens, weights, evaluation=not is_train, chosen=chosen
-    )
-    n = parts.n
+    with jax.named_scope(parts.LOSS):
+        chosen = None
+        if kd.chooses_positions and is_train:
+            chosen = chosen_here(models, learner, tokens.mask) if share is None else heads.Chosen(data[CHOSEN], share)
+        objective, found = heads.kd_objective(
+            models.mesh, kd, learner, guide, tokens, weights, evaluation=not is_train, chosen=chosen
+        )
+    n = found.n
     moe_lb_loss, mtp_loss = load_balancing_loss(config, reported), jnp.float32(0)
-    sums: Scalars = {name: value for name, value in parts._asdict().items() if value is not None}
+    sums: Scalars = {name: value for name, value in found._asdict().items() if value is not None}
     if config.mtp_num_layers > 0 and is_train:
-        mtp_loss, mtp_ce, mtp_kd = mtp.loss(models.mesh, kd, learner, guide, data, reported, temperature)
+        with jax.named_scope(parts.LOSS):
+            mtp_loss, mtp_ce, mtp_kd = mtp.loss(models.mesh, kd, learner, guide, data, reported, temperature)
         if kd.kd_mtp_alpha > 0:
             sums |= {"mtp_ce_loss_sum": n * mtp_ce, "mtp_kd_loss_sum": n * mtp_kd}
     elif not is_train and config.mtp_eval_target_module > 0:
@@ -178,7 +182,7 @@ def distillation_loss(
     objective = objective + n * (moe_lb_loss + mtp_loss)
     aux = {
         "sums": sums
-        | {"objective": objective, "z_loss_sum": config.z_loss_multiplier * parts.log_z_sq_sum}
+        | {"objective": objective, "z_loss_sum": config.z_loss_multiplier * found.log_z_sq_sum}
         | {"moe_lb_loss_sum": n * moe_lb_loss, "mtp_loss_sum": n * mtp_loss},
         "intermediate_outputs": reported,
         "xent_sum": objective,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, UInt32
 from MaxText.config.keys import Distillation
 from MaxText.distill.projection import Projection
 from MaxText.distill.targets import Targets, teacher_targets
+from MaxText.loop import flags
 from MaxText.loop.step import forward
 from MaxText.models import heads
 from MaxText.models.teacher import Teacher
@@ -35,7 +36,8 @@ def jitted(config: Any, kd: Distillation, teacher: Teacher, mesh: jax.sharding.M
     """(teacher's state, batch) -> `Targets` of its tokens, [B, L, ...]."""
     function = functools.partial(batch_targets, config, kd, teacher, mesh)
     rows = whole_rows(mesh)
-    return jax.jit(function, in_shardings=(teacher.shardings, rows), out_shardings=rows)
+    options = flags.compiler_options(config, mesh, distils=True)
+    return jax.jit(function, in_shardings=(teacher.shardings, rows), out_shardings=rows, compiler_options=options)
 
 
 def batch_targets(

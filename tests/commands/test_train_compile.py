@@ -1,5 +1,6 @@
 """Laws of the compilation without hardware: what it reports, and what the compiled step holds and moves."""
 
+import collections
 import json
 import math
 import re
@@ -10,8 +11,10 @@ from conftest import SMOKE, WITHOUT_LIBTPU, call_apart, execute
 from flax import nnx
 
 from MaxText import train_compile, upstream
+from MaxText.compiled.cost import gigabytes
 from MaxText.config.keys import ConfigError
 from MaxText.config.teacher import resolve_teacher
+from MaxText.loop import parts
 from MaxText.models import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
@@ -134,9 +137,23 @@ def test_a_teacher_adds_its_bytes_to_the_arguments_in_the_type_it_is_held_in(pla
     assert 1.99 < whole[0] / half[0] <= 2
 
 
+def products_by_part(step) -> dict[str, int]:
+    places = re.findall(r'op_name="([^"]*/dot_general)"', step.as_text())
+    return collections.Counter(map(parts.part_of, places))
+
+
 def test_alpha_zero_compiles_the_step_without_a_teacher(plain):
     zero, _ = compiled(use_kd="true", kd_alpha=0)
     assert zero.memory_analysis().argument_size_in_bytes == plain
+    assert products_by_part(zero).keys() == {parts.FORWARD, parts.BACKWARD}
+
+
+def test_each_product_of_the_step_is_of_a_part_that_has_flops():
+    run, student, teacher = abstract(use_kd="true", kd_teacher_overrides="{base_num_decoder_layers: 3}")
+    step = train_compile.trace(run.student, run.kd, student, teacher).lower().compile()
+    asked = parts.flops(run.student, teacher.config, run.kd)
+    assert products_by_part(step).keys() == {part for part, flops in asked.items() if flops > 0}
+    assert sum(asked.values()) == pytest.approx(1e12 * upstream.tflops_per_step(run.student, teacher.config))
 
 
 MORE = [pytest.param(keys, marks=pytest.mark.slow) for keys in ({}, {"use_kd": "false"})]
@@ -157,7 +174,7 @@ def test_the_row_in_the_metrics_file_is_what_is_printed(tmp_path, capsys):
     printed = capsys.readouterr().out
     (row,) = map(json.loads, file.read_text().splitlines())
     for line, key in (("arguments", "argument"), ("outputs", "output"), ("temporary", "temp"), ("memory", "total")):
-        expected = train_compile.gigabytes(row[f"compile/{key}_bytes"])
+        expected = gigabytes(row[f"compile/{key}_bytes"])
         assert re.search(rf"^ *{line}  {re.escape(expected)}", printed, re.MULTILINE), (line, expected, printed)
     assert f"{row['compile/model_flops']:.4g} per device" in printed
     assert f"{row['compile/flops']:.4g} by XLA" in printed and f"{row['compile/bytes_accessed']:.4g}" in printed
@@ -189,6 +206,13 @@ def test_the_step_compiles_for_a_topology_that_is_not_here(devices, layout, tmp_
     assert row["compile/fits"] == 1 and row["compile/devices"] == devices
     assert 0 < row["compile/temp_bytes"] < row["compile/available_bytes"]
     assert row["compile/roofline_compute_seconds"] == pytest.approx(row["compile/model_flops"] / 197e12)
+    names = ("teacher", "student_forward", "loss", "backward", "optimizer")
+    for quantity in ("estimated_seconds", "network_bytes", "memory_bytes"):
+        each = [row[f"compile/{name}_{quantity}"] for name in names]
+        assert row[f"compile/{quantity}"] == pytest.approx(sum(each)) and sum(each) > 0, quantity
+        assert min(each) > 0 or quantity == "network_bytes"  # of the teacher none, where each device holds all of it
+    assert row["compile/most_estimated_seconds"] >= row["compile/estimated_seconds"] > 0
+    assert re.search(r"loops  rounds: .*loss 1", result.output) and "look at  " in result.output
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import pytest
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import train, train_compile, upstream
+from MaxText.chips import CHIPS
 from MaxText.config.keys import ConfigError
+from MaxText.loop import flags, targets
 from MaxText.models import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
@@ -90,3 +92,33 @@ def test_train_compile_compiles_with_the_flags_too(lab, use_kd):
     traced = train_compile.trace(config, lab.run.kd.model_copy(update={"use_kd": use_kd}), lab.student, lab.teacher)
     with pytest.raises(ConfigError, match=r"compile_xla_flags.*xla_no_such"):
         train.compiled(config, traced.lower())
+
+
+@pytest.fixture
+def flags_of_this_machine(monkeypatch):
+    """As if the table of chips held it."""
+    monkeypatch.setattr(flags, "chip_of", lambda _: CHIPS["TPU v5 lite"])
+    monkeypatch.setattr(flags, "of_chip", lambda _: "--xla_no_such=1")
+
+
+def test_the_flags_of_the_chip_reach_the_distillation_steps_alone(lab, flags_of_this_machine):
+    config, student, mesh = flagged(lab.run.student, ""), lab.student, lab.student.mesh
+    with pytest.raises(ConfigError, match="xla_no_such"):
+        train.compile_steps(config, lab.run.kd, student, lab.teacher)
+    data = upstream.sharding.get_input_data_sharding(config, mesh, rules=config.logical_axis_rules)
+    plain = lab.run.kd.model_copy(update={"use_kd": False})
+    (step, arguments), _ = train.jit_steps(config, plain, student, None, data, None)
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        train.compiled(config, step.lower(student.state, *arguments, student.data_loader.load_next_batch()))
+
+
+def test_the_flags_of_the_chip_reach_the_step_that_computes_targets(lab, flags_of_this_machine):
+    config, mesh = flagged(lab.run.student, ""), lab.student.mesh
+    step = targets.jitted(config, lab.run.kd, lab.teacher, mesh)
+    batch = lab.student.data_loader.load_next_batch() | {
+        targets.ROW_KEY: jnp.zeros(config.micro_batch_size_to_train_on, jnp.uint32)
+    }
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        lowered = step.lower(lab.teacher.state, batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
+        lowered.compile()

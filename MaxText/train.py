@@ -30,7 +30,7 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, end_with, first_line, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, tokens
+    from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, templates, tokens
     from MaxText.loop import ending, failures, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
         vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
     tokens.check_fits(config)
+    templates.check(config)
     stored = cached.find(config, kd)
     kd = cached.learned_from(kd, stored)
     for warning in kd.warnings():

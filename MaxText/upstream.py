@@ -41,6 +41,7 @@ with epy.lazy_imports():
         hf_data_processing,
         input_pipeline_interface,
         input_pipeline_utils,
+        instruction_data_processing,
         multihost_dataloading,
         tfds_data_processing,
         tokenizer,

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import transformers
+from chats import LENGTH, SAID, TEMPLATE, messages_of, plain, save_chat_tokenizer, write_chats
 from conftest import SMOKE
-from letters import LETTERS, save_tokenizer
 from reading import rows_of, with_keys
 
 from MaxText import upstream
@@ -20,14 +20,7 @@ from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
 from MaxText.data import coverage, templates
 
-LENGTH, BATCH = 32, 4
-DEFAULT = "defaults"  # what the template says for a system that says nothing
-ROLES = ["<system>", "<user>", "<assistant>"]
-TEMPLATE = (
-    "{% if messages[0].role != 'system' %}<system>" + DEFAULT + "<eos>{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+BATCH = 4
 # As some do, it writes the last answer otherwise than the ones before it.
 FORGETFUL = TEMPLATE.replace("<{{ m.role }}>", "<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}z{% endif %}")
 
@@ -37,49 +30,23 @@ MARKS: dict[str, dict[str, str]] = {
     "as SmolLM2 has them": {"pad_token": "<eos>", "bos_token": "<user>", "eos_token": "<eos>"},
     "pad is missing": {"eos_token": "<eos>"},
 }
-SPECIAL = ["<pad>", "<bos>", "<eos>", *ROLES]
-IDS = {token: number for number, token in enumerate([*SPECIAL, *LETTERS])}
-
-# Each a list of what is said, by user and assistant in turn; behind a system prompt, where the first role is that.
-SAID: list[list[tuple[str, str]]] = [
-    [("user", "ab"), ("assistant", "cde")],
-    [("user", "f"), ("assistant", "gh"), ("user", "i"), ("assistant", "jkl")],
-    [("system", "m"), ("user", "no"), ("assistant", "p"), ("user", "q"), ("assistant", "r")],
-    [("user", "s" * LENGTH), ("assistant", "tu")],  # no answer within the row
-    [("user", "v"), ("assistant", "")],
-    [("user", "w"), ("assistant", "x" * LENGTH)],  # an answer that the row cuts
-    [("user", "y"), ("assistant", "z"), ("user", "aa")],  # nobody answers
-]
-
-
-def plain(said: list[tuple[str, str]], system: str = DEFAULT) -> tuple[list[int], list[bool]]:
-    """The tokens to the end of the last answer, and which of them are answers."""
-    said = said if said[0][0] == "system" else [("system", system), *said]
-    last = max(at for at, (role, _) in enumerate(said) if role == "assistant")
-    tokens, answers = [], []
-    for role, content in said[: last + 1]:
-        tokens += [IDS[f"<{role}>"], *(IDS[letter] for letter in content), IDS["<eos>"]]
-        answers += [False, *[role == "assistant"] * (len(content) + 1)]
-    return tokens, answers
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("conversations")
-    messages = [[{"role": role, "content": content} for role, content in said] for said in SAID]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), path / "messages.parquet")
-    (path / "messages.json").write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    write_chats(path, SAID)
     pairs = [said for said in SAID if [role for role, _ in said] == ["user", "assistant"]]
     for names in (("prompt", "completion"), ("question", "answer")):
         columns = {name: [said[at][1] for said in pairs] for at, name in enumerate(names)}
         pyarrow.parquet.write_table(pyarrow.table(columns), path / f"{names[0]}.parquet")
         rows = ({name: said[at][1] for at, name in enumerate(names)} for said in pairs)
         (path / f"{names[0]}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lists = {name: [[m] for m in (row[at] for row in messages if len(row) == 2)] for at, name in enumerate(names)}
+    lists = {name: [[m] for m in (messages_of(said)[at] for said in pairs)] for at, name in enumerate(names)}
     lists = {"prompt": lists["question"], "completion": lists["answer"]}
     pyarrow.parquet.write_table(pyarrow.table(lists), path / "lists.parquet")
     for name, roles in MARKS.items():
-        save_tokenizer(path / name, SPECIAL, **roles, additional_special_tokens=SPECIAL)
+        save_chat_tokenizer(path / name, **roles)
     return path
 
 
@@ -200,19 +167,14 @@ def test_a_real_tokenizer_reads_a_conversation_as_it_reads_its_text(config_of, t
         "messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
         "<|im_start|>assistant\n{% endif %}"
     )
-    messages = [[{"role": role, "content": content} for role, content in turns]]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "train.parquet")
+    write_chats(tmp_path, [turns], "train")
     keys = {"tokenizer_path": str(tmp_path / "tokenizer"), "chat_template": template, "vocab_size": 151936}
     keys |= {"grain_train_files": str(tmp_path / "train.parquet"), "max_target_length": 128}
     assert read(config_of(**keys)) == [(tuple(tokens), tuple(targets))]
 
 
 def test_a_conversation_without_an_answer_is_an_empty_row(config_of, folder, tmp_path) -> None:
-    asked = [
-        [{"role": "user", "content": "ab"}],
-        [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}],
-    ]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": asked}), tmp_path / "train.parquet")
+    write_chats(tmp_path, [[("user", "ab")], [("user", "c"), ("assistant", "d")]], "train")
     for packing in (False, True):
         config = config_of(grain_train_files=str(tmp_path / "train.parquet"), packing=packing)
         assert read(config) == expected([[("user", "c"), ("assistant", "d")]])

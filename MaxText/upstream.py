@@ -48,6 +48,7 @@ with epy.lazy_imports():
     )
     from maxtext.input_pipeline.protos import example_pb2
     from maxtext.layers import attentions, embeddings, moe, multi_token_prediction, nnx_decoders, normalizations
+    from maxtext.optimizers import optimizers
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
         accelerator_to_spec_map,

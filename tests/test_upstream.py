@@ -107,6 +107,7 @@ CALLS = {
     "multi_token_prediction.roll_and_mask_by_segment": "x segment_ids",
     "normalizations.RMSNorm.__call__": "self x",
     "nnx_decoders.NNXDecoder.apply_output_head": ("self shared_embedding y deterministic model_mode normalize_y"),
+    "optimizers._get_path_mask_fn": "patterns match_returns_true",
     "pre_train.build_eval_graphdef": "config jit_model state",
     "pre_train.eval_step": "model config state data dropout_rng",
     "pre_train.get_first_step": "model state",

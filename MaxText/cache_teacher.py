@@ -28,7 +28,7 @@ from MaxText.console import RunError, duration, end_with, say, waiting
 
 with epy.lazy_imports():
     from MaxText.cache import lock, manifest, shards
-    from MaxText.data import coverage, iterators, once, pipelines, tokens
+    from MaxText.data import coverage, iterators, once, pipelines, templates, tokens
     from MaxText.loop import caching, verifying
     from MaxText.models import teacher as teacher_lib
     from MaxText.models import vocabularies
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
     tokens.check_fits(config)
+    templates.check(config)
     if warning := pipelines.taken_for_padding(config):
         say(f"warning: {warning}")
 

@@ -30,8 +30,8 @@ from MaxText.config.teacher import resolve_teacher
 from MaxText.console import RunError, end_with, first_line, say, waiting
 
 with epy.lazy_imports():
-    from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, tokens
-    from MaxText.loop import ending, failures, flags, header, manifest, sanity, step, termination
+    from MaxText.data import ahead, cached, coverage, faults, iterators, pipelines, templates, tokens
+    from MaxText.loop import compute, ending, failures, flags, header, manifest, sanity, step, termination
     from MaxText.loop import metrics as metrics_lib
     from MaxText.models import heads, vocabularies
     from MaxText.models import student as student_lib
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
         vocabularies.check_same_tokens(config, kd)
     recorder = upstream.start_engine(config)
     tokens.check_fits(config)
+    templates.check(config)
     stored = cached.find(config, kd)
     kd = cached.learned_from(kd, stored)
     for warning in kd.warnings():
@@ -97,9 +98,8 @@ def main(argv: Sequence[str]) -> None:
             look = functools.partial(sanity.check_on_first_step, config, kd, student.origin)
 
         # 5. Loop.
-        flops = upstream.tflops_per_step(config, teacher_config if kd.teacher_in_step else None)
-        of_teacher = flops - upstream.tflops_per_step(config, None)
-        logger = metrics_lib.MetricLogger(config, student.learning_rate_schedule, start_step, flops, of_teacher)
+        of_step = compute.of_run(config, teacher_config if kd.teacher_in_step else None, student.mesh)
+        logger = metrics_lib.MetricLogger(config, student.learning_rate_schedule, start_step, of_step)
         logger.write_setup_info_to_tensorboard(nnx.state(student.state, nnx.Param))
         with termination.noticed() as notice, failures.writing(config, student.checkpoint_manager):
             train(config, student, steps, logger, recorder, notice, look)

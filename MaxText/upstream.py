@@ -41,12 +41,14 @@ with epy.lazy_imports():
         hf_data_processing,
         input_pipeline_interface,
         input_pipeline_utils,
+        instruction_data_processing,
         multihost_dataloading,
         tfds_data_processing,
         tokenizer,
     )
     from maxtext.input_pipeline.protos import example_pb2
     from maxtext.layers import attentions, embeddings, moe, multi_token_prediction, nnx_decoders, normalizations
+    from maxtext.optimizers import optimizers
     from maxtext.trainers.pre_train import train as pre_train
     from maxtext.utils import (
         accelerator_to_spec_map,

@@ -31,6 +31,7 @@ CALLS = {
     "checkpointing.wait_until_finished": "checkpoint_manager",
     "data_processing_utils.get_local_batch_size": "config",
     "data_processing_utils.get_tokenizer_and_pad_id": "config | add_bos add_eos",
+    "data_processing_utils.validate_and_configure_sft_columns": "data_columns tokenizer_model chat_template",
     "gcs_utils.gcs_glob_pattern": "pattern",
     "gcs_utils.upload_dump": "| local_dir target_dir module_name delete_local_after all_host_upload",
     "goodput.create_goodput_recorder": "config",
@@ -57,6 +58,10 @@ CALLS = {
     "input_pipeline_interface.create_data_iterator": "config mesh",
     "input_pipeline_utils.ParseFeatures": "data_columns tokenize",
     "input_pipeline_utils.get_tokenizer": "tokenizer_path tokenizer_type add_bos add_eos hf_access_token",
+    "instruction_data_processing.convert_to_conversational_format": (
+        "| dataset data_columns formatting_func_path formatting_func_kwargs"
+    ),
+    "instruction_data_processing.load_chat_template_from_file": "template_path",
     "max_utils.add_text_to_summary_writer": "key value summary_writer",
     "max_utils.bootstrap_transformer_engine_cgemm": "config",
     "max_utils.calculate_num_params_from_pytree": "params",
@@ -102,6 +107,7 @@ CALLS = {
     "multi_token_prediction.roll_and_mask_by_segment": "x segment_ids",
     "normalizations.RMSNorm.__call__": "self x",
     "nnx_decoders.NNXDecoder.apply_output_head": ("self shared_embedding y deterministic model_mode normalize_y"),
+    "optimizers._get_path_mask_fn": "patterns match_returns_true",
     "pre_train.build_eval_graphdef": "config jit_model state",
     "pre_train.eval_step": "model config state data dropout_rng",
     "pre_train.get_first_step": "model state",
@@ -188,13 +194,22 @@ SOURCES = {
     ],
     "grain_data_processing.sft_preprocessing_pipeline": [
         "data_processing_utils.get_tokenizer_and_pad_id(config)", "data_processing_utils.format_and_batch(",
+        "data_processing_utils.validate_and_configure_sft_columns(", "_format_chat_template_grain,",
+        "_tokenize_sft_chunks,", 'tokenizer_model = getattr(tokenizer_model, "tokenizer", tokenizer_model)',
+    ],
+    "input_pipeline_utils.SFTPromptMasking.map": [
+        'self.unk_id] * len(text) if self.completion_only and element["is_prompt"][i] else text',
     ],
     "data_processing_utils.format_and_batch": [
         "input_pipeline_utils.ShiftData(ignored_ids=[pad_id], axis=0)",
         "input_pipeline_utils.ShiftData(ignored_ids=[pad_id], axis=1)",
         'if config.add_bos and hasattr(tokenizer_model, "bos_id")',
     ],
-    "hf_data_processing.preprocessing_pipeline": ["_get_pad_id(tokenizer)", "_get_training_objective_transform("],
+    "hf_data_processing.preprocessing_pipeline": [
+        "_get_pad_id(tokenizer)", "_get_training_objective_transform(", "input_pipeline_utils.apply_chat_template,",
+        "input_pipeline_utils.tokenization,", "instruction_data_processing.convert_to_conversational_format(",
+        "data_processing_utils.validate_and_configure_sft_columns(data_column_names, tokenizer, chat_template)",
+    ],
     "hf_data_processing._get_training_objective_transform": [
         "input_pipeline_utils.ShiftData(ignored_ids=[pad_id, bos_token_id], axis=1)",
     ],

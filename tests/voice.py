@@ -4,8 +4,8 @@ import re
 
 _NUMBER = r"[-\d.e+]+[kMBT]?"
 _FORMS = [
-    r" *(run|student|teacher|loss|tokens|text|devices)  .*",  # the header
-    r" {10}(fresh, with|from|in one block of|in \d+ blocks of) .*",
+    r" *(run|student|teacher|loss|tokens|text|devices|memory)  .*",  # the header
+    r" {10}(fresh, with|from|in one block of|in \d+ blocks of|[\d.]+% of them are trained,) .*",
     rf"step +\d+/\d+ \| loss {_NUMBER} \| .*",
     rf"eval after step \d+: ce {_NUMBER} \| .* tokens",
     r"warning: .*",

@@ -5,6 +5,7 @@ teacher's checkpoint can tell (models/teacher.py).
 """
 
 import contextlib
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -219,6 +220,13 @@ def check_run(student: Any) -> None:
             f"weight_dtype={student.weight_dtype}: MaxText trains no parameters of 8 bits; allowed is float32 or "
             "bfloat16 (a teacher may be held so: kd_teacher_overrides)"
         )
+    if student.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("enable_wandb=True: the package wandb is not installed: pip install wandb")
+    if student.lora.enable_lora:
+        raise ConfigError(
+            "lora.enable_lora=True: MaxText's pretraining, which use_kd=true goes on from, makes no adapters and would "
+            "train nothing (docs/design/lora.md); allowed is False"
+        )
     check_embedding_std(student)
     if student.elastic_enabled and not student.use_kd:
         raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
@@ -254,8 +262,11 @@ def check_teacher_keys(kd: Distillation, student: Any, schema: type[pydantic.Bas
     for quantity in ("kd_alpha", "kd_temperature"):
         check_schedule_phases(quantity, kd, student)
     check_refused({key: getattr(student, key) for key in REFUSED_WITH_KD})
-    if student.lora.enable_lora:
-        raise ConfigError("lora.enable_lora=True: not supported together with use_kd=true; allowed is False")
+    if student.trainable_parameters_mask and student.shard_optimizer_over_data:
+        raise ConfigError(
+            f"trainable_parameters_mask={student.trainable_parameters_mask} shard_optimizer_over_data=True: parameters "
+            "would lie where their moments do, which frozen ones have not; allowed is one of the two"
+        )
     if student.quantization and "fp8" in student.quantization:
         raise ConfigError(
             f"quantization={student.quantization!r}: fp8 keeps a state of its own that use_kd=true does not carry; "

@@ -43,7 +43,7 @@ def report(config: Any, mesh: Any) -> list[str]:
         length = f"max_target_length={config.max_target_length}"
         cut = f"{setting} cuts each document after {length} tokens"
         remedy = REMEDIES.get(setting, "raise max_target_length")
-        lengths = sample(config, mesh) if jax.process_index() == 0 else NONE
+        lengths, targets = sample(config, mesh) if jax.process_index() == 0 else (NONE, NONE)
         if not lengths.size:
             lines.append(f"warning: {cut}, what lies beyond is never read; {remedy}")
         elif share := 1 - np.minimum(lengths, config.max_target_length).sum() / lengths.sum():
@@ -53,6 +53,10 @@ def report(config: Any, mesh: Any) -> list[str]:
             )
         else:
             lines.append(f"    text  {cut}; of a sample of {len(lengths)} none is longer")
+        if idle := int(np.count_nonzero(targets == 0)):
+            lines.append(
+                f"warning: {idle} of {len(targets)} have no target within {length}: nothing is learnt from them"
+            )
     loaded, used = config.global_batch_size_to_load, config.global_batch_size_to_train_on
     if config.per_device_batch_size < 1 and config.expansion_factor_real_data <= 1:
         rows = f"a step reads {loaded} rows, one for each device, and trains on {used} of them"
@@ -60,10 +64,13 @@ def report(config: Any, mesh: Any) -> list[str]:
     return lines
 
 
-def sample(config: Any, mesh: Any) -> np.ndarray:
-    """The tokens of each of some documents, as this host's pipeline gives them; none where it cannot be tried."""
+def sample(config: Any, mesh: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of each of some documents, as this host gives them, and how many of them are targets in a row.
+
+    None where it cannot be tried.
+    """
     if config.colocated_python_data_input or config.grain_use_elastic_iterator or config.expansion_factor_real_data > 1:
-        return NONE
+        return NONE, NONE
     alone = upstream.with_settings(
         config,
         max_target_length=LONGER * config.max_target_length,
@@ -75,12 +82,16 @@ def sample(config: Any, mesh: Any) -> np.ndarray:
         enable_data_shuffling=config.enable_data_shuffling and config.dataset_type == "grain",  # others fill a buffer
     )
     lengths: list[int] = []
+    targets: list[int] = []
     # Whatever is wrong with the data is said by the run itself, when it comes there.
     with contextlib.suppress(Exception), pipelines.mended(alone):
         batches, _ = upstream.input_pipeline_interface.create_data_iterator(alone, mesh)
         for batch in batches.local_iterator:
-            lengths += [n for n in np.count_nonzero(batch["inputs_segmentation"], axis=1).tolist() if n]
+            found = np.count_nonzero(batch["inputs_segmentation"], axis=1)
+            in_row = np.count_nonzero(batch["targets_segmentation"][:, : config.max_target_length - 1], axis=1)
+            lengths += found[found > 0].tolist()
+            targets += in_row[found > 0].tolist()
             if len(lengths) >= DOCUMENTS or sum(lengths) >= TOKENS:
                 break
         upstream.multihost_dataloading._close_iterator(batches.local_iterator)
-    return np.array(lengths, int)
+    return np.array(lengths, int), np.array(targets, int)

@@ -2,7 +2,8 @@
 
 - Files are read in the order of their names; upstream's is the file system's.
 - Padding is told by its position (rows.py); upstream takes every token with the id of padding for padding.
-- A conversation has the marks of its template; upstream's grain adds one at both ends of each turn.
+- A conversation is written by its template and tokenised, whole; upstream's does both turn by turn (conversations.py).
+- The beginning of a conversation is no target of the one before it in a packed row.
 - A mark that the tokenizer lacks is not written; upstream writes -1 for one that SentencePiece lacks.
 - Evaluation data is read whole (evaluation.py).
 
@@ -16,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 from MaxText import upstream
-from MaxText.data import evaluation, rows, tokens
+from MaxText.data import conversations, evaluation, rows, templates, tokens
 
 
 @contextlib.contextmanager
@@ -47,13 +48,15 @@ def mended(config: Any, *, each_row_once: bool = False) -> Iterator[None]:
     def hf_padding(tokenizer: Any) -> int:
         return rows.PAD if by_position else get_pad_id(tokenizer)
 
-    next_tokens = functools.partial(rows.NextTokens, vocab_size=config.vocab_size)
+    are_conversations = templates.reads_conversations(config)
+    next_tokens = functools.partial(rows.NextTokens, vocab_size=config.vocab_size, within=are_conversations)
     with (
         mock.patch.object(upstream.grain_data_processing, "find_data_files", files_in_order),
         mock.patch.object(upstream.data_processing_utils, "get_tokenizer_and_pad_id", grain_tokenizer),
         mock.patch.object(upstream.hf_data_processing, "_get_pad_id", hf_padding),
         mock.patch.object(upstream.input_pipeline_utils, "ShiftData", next_tokens),
         mended_tfds(by_position) if config.dataset_type == "tfds" else contextlib.nullcontext(),
+        whole_conversations(templates.named(config)) if are_conversations else contextlib.nullcontext(),
         evaluation.read_whole(training=each_row_once),
     ):
         yield
@@ -79,6 +82,40 @@ def mended_tfds(by_position: bool) -> Iterator[None]:
         mock.patch.object(upstream.input_pipeline_utils, "get_tokenizer", tokenizer_without_padding),
         mock.patch.object(upstream.input_pipeline_utils, "add_segmentation_and_position", rows.with_segments),
         mock.patch.object(upstream.tfds_data_processing, "preprocessing_pipeline", filled_pipeline),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def whole_conversations(template: str) -> Iterator[None]:
+    """Of `mended` the part of conversations, with the template that is named; "" for the tokenizer's."""
+    configure = upstream.data_processing_utils.validate_and_configure_sft_columns
+    convert = upstream.instruction_data_processing.convert_to_conversational_format
+
+    def configure_as_named(columns: Any, tokenizer: Any, _: Any = None) -> None:
+        configure(columns, tokenizer, template)
+
+    def convert_columns(dataset: Any, data_columns: list[str], **formatting: Any) -> tuple[Any, list[str]]:
+        if formatting["formatting_func_path"]:
+            return convert(dataset=dataset, data_columns=data_columns, **formatting)
+        if data_columns == ["messages"]:
+            return dataset._resolve_features(), data_columns  # upstream looks at them; lines of JSON name none
+        import datasets
+
+        text = datasets.Value("string")
+        features = datasets.Features({"messages": [{"content": text, "role": text}]})
+        how = {"fn_kwargs": {"columns": data_columns}, "remove_columns": data_columns}
+        return dataset.map(conversations.as_messages, **how, features=features), ["messages"]
+
+    processing, utils = upstream.data_processing_utils, upstream.input_pipeline_utils
+    grain_module = upstream.grain_data_processing
+    with (
+        mock.patch.object(processing, "validate_and_configure_sft_columns", configure_as_named),
+        mock.patch.object(upstream.instruction_data_processing, "convert_to_conversational_format", convert_columns),
+        mock.patch.object(utils, "apply_chat_template", conversations.as_pieces),
+        mock.patch.object(utils, "tokenization", conversations.already_tokens),
+        mock.patch.object(grain_module, "_format_chat_template_grain", conversations.columns_as_pieces),
+        mock.patch.object(grain_module, "_tokenize_sft_chunks", conversations.already_tokens),
     ):
         yield
 

@@ -28,13 +28,15 @@ class NextTokens(grain.MapTransform):
       ignored_ids: the id that stands for padding and masks, then marks (None for one that the tokenizer lacks).
       axis: of the positions.
       vocab_size: token ids at or above it are refused.
+      within: no first token of a text counts, whatever it is.
     """
 
-    def __init__(self, ignored_ids: list[int | None], axis: int = 1, *, vocab_size: int):
+    def __init__(self, ignored_ids: list[int | None], axis: int = 1, *, vocab_size: int, within: bool = False):
         self.padding, *marks = ignored_ids
         self.marks = [mark for mark in marks if mark is not None]
         self.axis = axis
         self.vocab_size = vocab_size
+        self.within = within
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         largest = int(element["inputs"].max(initial=0))
@@ -44,6 +46,8 @@ class NextTokens(grain.MapTransform):
         counts = targets != self.padding
         for mark in self.marks:
             counts &= (targets != mark) | ~begins
+        if self.within:
+            counts &= ~begins
         rows = dict(element, targets_segmentation=np.where(counts, element["targets_segmentation"], 0))
         if self.padding == PAD:
             rows |= {name: np.where(rows[name] == PAD, FILL, rows[name]) for name in FILLED}

@@ -10,7 +10,7 @@ from MaxText.config.keys import Distillation
 from MaxText.config.resolve import Run
 from MaxText.console import readable, say
 from MaxText.data.cached import Cached
-from MaxText.models import fresh, heads
+from MaxText.models import fresh, frozen, heads
 from MaxText.models.walk import Walk
 
 
@@ -25,6 +25,8 @@ def header(run: Run, student: Any, teacher: Any) -> None:
     ]
     if not student.origin and fresh.table_std(config) != upstream.EMBEDDING_STD:
         lines.append(("", f"fresh, with an embedding table of standard deviation {fresh.table_std(config):.3g}"))
+    if trained := frozen.check(config, nnx.state(student.state.model, nnx.Param)):
+        lines.append(("", trained))
     if teacher is not None:
         at = "" if teacher.checkpoint.step is None else f", step {teacher.checkpoint.step}"
         lines.append(("teacher", model_text(teacher.config, nnx.filter_state(teacher.state, nnx.Param))))

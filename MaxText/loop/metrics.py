@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import time
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from MaxText import upstream
 from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
 from MaxText.console import RunError, duration, readable, say
-from MaxText.loop import failures
+from MaxText.loop import compute, failures
 
 Metrics = dict[str, Any]
 
@@ -48,8 +49,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
       config: MaxText's configuration of the student.
       learning_rate_schedule: step -> learning rate.
       start_step: the first step of this process; rows of the metrics file from it on are replaced.
-      tflops_per_step: per device, the teacher's forward pass included.
-      teacher_tflops_per_step: the teacher's part of it.
+      of_step: what a step computes.
 
     Raises:
       ConfigError: metrics_file cannot be written.
@@ -62,12 +62,11 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         config: Any,
         learning_rate_schedule: Any,
         start_step: int,
-        tflops_per_step: float,
-        teacher_tflops_per_step: float,
+        of_step: compute.Compute,
     ):
         super().__init__(config=config, learning_rate_schedule=learning_rate_schedule, start_step=start_step)
-        self.tflops_per_step = tflops_per_step
-        self.teacher_tflops_per_step = teacher_tflops_per_step
+        self.of_step = of_step
+        self.watching = futures.ThreadPoolExecutor(1, "completion")
         self.last_completion = time.monotonic()
         self.first_step_at = self.last_completion
         self.state_is_finite = True  # after the last step that was written
@@ -88,32 +87,37 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         while self.buffered_metrics:
             self._flush_one_buffered_entry(self.buffered_metrics.pop(0))
 
-    def time_step(self, metrics: Metrics) -> None:
-        """Waits for a step and notes its time."""
-        jax.block_until_ready(metrics["scalar"])
-        now = time.monotonic()
-        metrics["seconds"] = max(now - self.last_completion, 1e-9)
+    def flush_metrics_and_cleanup(self) -> None:
+        super().flush_metrics_and_cleanup()
+        self.watching.shutdown()
+
+    def seconds_of(self, completion: "futures.Future[float]") -> float:
+        """Waits for a step -> how long it took."""
+        now = completion.result()
+        seconds = max(now - self.last_completion, 1e-9)
         self.last_completion = now
+        return seconds
 
     def record_train_metrics(self, metrics: Metrics, step: int, step_time: float) -> None:
-        """Adds what needs no waiting; the time follows when the step is complete."""
+        """Adds what needs no waiting; the time follows when the step is complete.
+
+        A thread waits for that: the loop asks when it has time to, which may be long after.
+        """
+        metrics["completion"] = self.watching.submit(completed_at, list(metrics["scalar"].values()))
         queue: Any = self.performance_metric_queue
         self.performance_metric_queue = None
         super().record_train_metrics(metrics, step, step_time=1.0)
         self.performance_metric_queue = queue
         if "perf/per_device_tflops" in metrics["scalar"]:  # absent while the batch size ramps up
-            metrics["scalar"]["perf/per_device_teacher_tflops"] = self.teacher_tflops_per_step
+            metrics["scalar"]["perf/per_device_teacher_tflops"] = self.of_step.teacher
+            if self.of_step.recomputed is not None:
+                metrics["scalar"]["perf/per_device_recomputed_tflops"] = self.of_step.recomputed
 
     def _flush_one_buffered_entry(self, entry: tuple[str, int, dict[str, Any], Any]) -> None:
         kind, _, metrics, _ = entry
         if kind == "train":
-            if "seconds" not in metrics:
-                self.time_step(metrics)
-            scalars, seconds = metrics["scalar"], metrics["seconds"]
-            scalars["perf/step_time_seconds"] = seconds
-            for amount in ("perf/per_device_tflops", "perf/per_device_tokens"):
-                if amount in scalars:  # absent while the batch size ramps up
-                    scalars[f"{amount}_per_sec"] = scalars[amount] / seconds
+            seconds = self.seconds_of(metrics.pop("completion"))
+            metrics["scalar"] |= performance(metrics["scalar"], self.of_step, seconds)
             if self.performance_metric_queue:
                 self.performance_metric_queue.put(seconds)
         super()._flush_one_buffered_entry(entry)
@@ -127,6 +131,8 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
             self.empty_steps, self.has_learned = 0, True
             add_plain_ce(self.config, metrics["scalar"])
             super().write_metrics(metrics, step, metric_type)
+            if step == self.start_step and (memory := compute.peak_memory()):
+                say(memory_text(*memory))
         elif metric_type != "running_eval":  # upstream's running averages are rows of neither kind
             super().write_metrics(metrics, step, metric_type)
         if metric_type == "train":
@@ -159,7 +165,7 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
 
     def write_setup_info_to_tensorboard(self, params: Any) -> None:
         keys = upstream.metric_logger.MetadataKey
-        self.metadata[keys.PER_DEVICE_TFLOPS] = self.tflops_per_step
+        self.metadata[keys.PER_DEVICE_TFLOPS] = self.of_step.total
         self.metadata[keys.PER_DEVICE_TOKENS] = upstream.maxtext_utils.calculate_tokens_training_per_device(self.config)
         if self.config.enable_tensorboard:
             count = upstream.max_utils.calculate_num_params_from_pytree(params)
@@ -240,9 +246,10 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         parts.append(f"lr {float(scalars['learning/current_learning_rate']):.2e}")
         hidden = self.config.hide_profiler_step_metric and self._is_profiler_boundary_step(step)
         if "perf/per_device_tokens_per_sec" in scalars and not hidden:  # absent while the batch size ramps up
-            devices = jax.device_count()
-            parts.append(f"{readable(float(scalars['perf/per_device_tokens_per_sec']) * devices)} tok/s")
+            parts.append(f"{readable(float(scalars['perf/tokens_per_sec']))} tok/s")
             parts.append(f"{float(scalars['perf/per_device_tflops_per_sec']):.3g} TFLOP/s/device")
+            if "perf/mfu_percent" in scalars:
+                parts[-1] += f" ({scalars['perf/mfu_percent']:.1f} % MFU)"
         if step > self.start_step:  # evaluations and saves count: they come again
             passed = (time.monotonic() - self.first_step_at) / (step - self.start_step)
             parts.append(f"{duration((self.config.steps - 1 - step) * passed)} left")
@@ -264,6 +271,39 @@ class MetricLogger(upstream.metric_logger.MetricLogger):
         if self.config.mtp_eval_target_module > 0:
             parts.append(f"mtp acceptance {scalars['eval/avg_mtp_acceptance_rate_percent']:.1f}%")
         say(" | ".join([*parts, f"{readable(scalars['evaluation/total_weights'])} tokens"]))
+
+
+def completed_at(arrays: list[Any]) -> float:
+    """Waits for a step's metrics -> when they were there."""
+    jax.block_until_ready(arrays)
+    return time.monotonic()
+
+
+def performance(scalars: Metrics, of_step: compute.Compute, seconds: float) -> Metrics:
+    """What a step's time makes of its amounts, which are absent while the batch size ramps up.
+
+    Utilization is of the chip's peak in bfloat16, where that is known: MFU counts the models' FLOPs, HFU what is
+    recomputed as well.
+    """
+    found = {"perf/step_time_seconds": seconds}
+    for amount in ("perf/per_device_tflops", "perf/per_device_tokens"):
+        if amount in scalars:
+            found[f"{amount}_per_sec"] = scalars[amount] / seconds
+    if "perf/per_device_tokens" in scalars:
+        found["perf/tokens_per_sec"] = found["perf/per_device_tokens_per_sec"] * jax.device_count()
+    if "perf/per_device_tflops" in scalars and of_step.peak is not None:
+        found["perf/mfu_percent"] = 100 * of_step.total / seconds / of_step.peak
+        if of_step.recomputed is not None:
+            found["perf/hfu_percent"] = 100 * (of_step.total + of_step.recomputed) / seconds / of_step.peak
+    if memory := compute.peak_memory():
+        found["perf/peak_memory_gb"] = memory[0] / compute.GB
+    return found
+
+
+def memory_text(peak: float, limit: float) -> str:
+    """After the first step, which has held all that a step holds: a line that goes with the header."""
+    of = f" of {limit / compute.GB:.2f}" if limit else ""
+    return f"  memory  {peak / compute.GB:.2f}{of} GB at the most on a device, in the first step"
 
 
 def add_plain_ce(config: Any, scalars: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from MaxText.distill.blockwise import Tokens
 from MaxText.distill.stored import StoredTeacher
 from MaxText.distill.truncation import Scalar
 from MaxText.loop import parts, schedules
-from MaxText.models import heads, mtp, positions
+from MaxText.models import frozen, heads, mtp, positions
 
 Batch = dict[str, jax.Array]
 Scalars = dict[str, jax.Array]
@@ -68,6 +68,7 @@ def train_step(
     """
     config = models.config
     train_state = nnx.merge(models.student, state)
+    before = jax.tree.map(lambda x: x, nnx.state(train_state.model, nnx.Param))
     alpha, temperature = models.schedules.at(train_state.optimizer.step[...])
     share = None
     if models.kd.chooses_positions and config.gradient_accumulation_steps > 1:
@@ -77,6 +78,7 @@ def train_step(
     def loss_fn(  # upstream's signature
         model: nnx.Module, config: Any, data: Batch, dropout_rng: Any, params: Any, is_train: bool = True
     ) -> tuple[jax.Array, dict[str, Any]]:
+        frozen.hold(config, model)
         return distillation_loss(models, model, teacher, data, is_train, alpha, temperature, share)
 
     if config.gradient_accumulation_steps > 1:
@@ -109,6 +111,7 @@ def train_step(
         largest = upstream.qk_clip_utils.calculate_max_logit_metric(reported)
         if largest is not None:
             metrics["learning/max_logits"] = largest
+    frozen.put_back(config, before, train_state.model)
     metrics["learning/param_norm"] = upstream.max_utils.l2norm_pytree(nnx.state(train_state.model, nnx.Param))
     output = {"scalar": metrics, "scalars": {}}
     if config.record_internal_nn_metrics:

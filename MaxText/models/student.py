@@ -14,7 +14,7 @@ from MaxText.config.data import data_settings
 from MaxText.config.keys import ConfigError
 from MaxText.data import faults, pipelines
 from MaxText.data.cached import Cached, read_instead
-from MaxText.models import fresh, resumed
+from MaxText.models import fresh, frozen, resumed
 
 
 @dataclasses.dataclass
@@ -66,6 +66,7 @@ def set_up(config: Any, recorder: Any, cached: Cached | None = None) -> Student:
     # A restored state is not always on the shardings the step is compiled for: it would be compiled twice.
     state = jax.tree.map(on_sharding, state, shardings)
     origin = fresh.origin(config, manager)
+    frozen.check(config, nnx.state(state.model, nnx.Param))
     return Student(
         graphdef=graphdef,
         state=state if origin else fresh.with_table_at(state, fresh.table_std(config)),

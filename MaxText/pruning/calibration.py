@@ -24,7 +24,7 @@ from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.config.teacher import resolve_teacher
-from MaxText.data import iterators, once, tokens
+from MaxText.data import iterators, once, templates, tokens
 from MaxText.models import teacher as teacher_lib
 from MaxText.pruning import observed
 from MaxText.pruning.choice import Module, Scored
@@ -87,6 +87,7 @@ def measure(
         absl.flags.FLAGS(["init_student.py"])
     upstream.start_engine(config)
     tokens.check_fits(config)
+    templates.check(config)
     with iterators.closed_at_the_end():
         mesh = upstream.maxtext_utils.get_mesh_from_config(config)
         loaded = teacher_lib.load(teacher_config, checkpoint, mesh, kd.kd_teacher_dtype, kd.kd_vocab_size)

@@ -63,9 +63,13 @@ class Group:
 
     @property
     def tokens_per_second(self) -> list[float]:
-        """Of each run: all tokens by all seconds, but for the first step, which waits for what was not compiled."""
-        speeds = [list(run.series("perf/per_device_tokens_per_sec").values())[1:] for run in self.runs]
-        return [statistics.harmonic_mean(values) * self.devices for values in speeds if values]
+        """Of each run: all tokens by all seconds."""
+        return [speed * self.devices for speed in self.speed("perf/per_device_tokens_per_sec")]
+
+    def speed(self, metric: str) -> list[float]:
+        """Of each run the mean over its time, but for the first step, which waits for what was not compiled."""
+        speeds = [list(run.series(metric).values())[1:] for run in self.runs]
+        return [statistics.harmonic_mean(values) for values in speeds if values]
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

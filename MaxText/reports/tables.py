@@ -59,6 +59,16 @@ def results(groups: Sequence[Group], per_device: bool) -> Table:
         f"both, a step{suffix}": lambda each: flops_text(flops_per_step(each)[2]),
         f"compute{suffix}": lambda each: flops_text(max(each.flops.values(), default=None)),
     }
+    watched: dict[str, tuple[str, Callable[[Group], str]]] = {
+        "MFU": ("perf/mfu_percent", lambda each: shown(each.speed("perf/mfu_percent"), "{:.1f} %".format)),
+        "peak memory a device": (
+            "perf/peak_memory_gb",
+            lambda each: shown(each.last("perf/peak_memory_gb"), "{:.2f} GB".format),
+        ),
+    }
+    for title, (metric, cell) in watched.items():
+        if any(each.last(metric) for each in groups):  # CPUs tell neither
+            columns[title] = cell
     budget = equal_compute(groups)
     if budget is not None and len(groups) > 1:
         columns[f"CE at {flops_text(budget)}"] = lambda each: shown(at_compute(each, budget), nats)

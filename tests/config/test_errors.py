@@ -5,6 +5,7 @@ typed.
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -71,6 +72,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown teacher preset": (
         [*KD, "kd_teacher_model_name=qwen3-0.7b"],
         ["kd_teacher_model_name='qwen3-0.7b'", "qwen3-0.6b"],
+    ),
+    "adapters": (["lora.enable_lora=true"], ["lora.enable_lora=True", "makes no adapters", "allowed is False"]),
+    "frozen parameters that lie where their moments do": (
+        [*KD, "shard_optimizer_over_data=true", "trainable_parameters_mask=['norm']"],
+        ["trainable_parameters_mask=['norm'] shard_optimizer_over_data=True", "one of the two"],
+    ),
+    "a pattern of no parameter": (
+        [*KD, "trainable_parameters_mask=['layers', 'attn']"],
+        ["trainable_parameters_mask=", "'attn' names none of the student's parameters"],
     ),
     "unknown student preset": (["model_name=tiny-lama"], ["model_name='tiny-lama'", "tiny-llama"]),
     "alpha above 1": ([*KD, "kd_alpha=1.5"], ["kd_alpha=1.5", "less than or equal to 1"]),
@@ -224,7 +234,6 @@ REFUSED = {
     "log_required_ragged_buffer_factor": "true",
     "log_moe_bias_norms": "true",
     "log_step_diagnostics": "true",
-    "lora.enable_lora": "true",
     "moe_dropless_fallback": "step",
     "moe_log_max_load_ratio": "true",
     "optimizer_memory_host_offload": "true",
@@ -313,6 +322,14 @@ def test_an_option_that_distillation_does_not_carry_is_refused_by_name(folders, 
     assert f"{key}=" in message
     assert "use_kd=true" in message
     assert "allowed is" in message
+
+
+def test_a_tracker_that_is_not_installed_is_named(folders, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else there(name, *rest)
+    )
+    assert "enable_wandb=True: the package wandb is not installed" in refusal(folders, ["enable_wandb=true"])
 
 
 def test_every_option_that_is_refused_by_name_is_tried_here():

@@ -4,13 +4,20 @@ import datetime
 import json
 import math
 import pathlib
+import re
+import sys
+import threading
 import time
+import types
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import ROOT, Result
 
 from MaxText import upstream
-from MaxText.loop import failures
+from MaxText.loop import compute, failures
 
 NO_TIME = datetime.timedelta(0)
 pytestmark = pytest.mark.e2e  # the logger is upstream's, and importing it takes the engine
@@ -77,9 +84,8 @@ def logger(tmp_path, metrics):
 
     arguments = [f"metrics_file={tmp_path}/metrics.jsonl", "run_name=a", f"base_output_directory={tmp_path}"]
     config = resolve.initialize(["train.py", SMOKE, *arguments]).student
-    logger = metrics.MetricLogger(
-        config, lambda step: 0.1, start_step=0, tflops_per_step=1.0, teacher_tflops_per_step=0.25
-    )
+    of_step = compute.Compute(total=1.0, teacher=0.25)
+    logger = metrics.MetricLogger(config, lambda step: 0.1, start_step=0, of_step=of_step)
     logger.write_setup_info_to_tensorboard({})
     return logger
 
@@ -150,23 +156,62 @@ def test_a_run_in_which_no_token_counts_fails(logger, steps):
     assert logger.empty_steps == min(steps, failures.MOST_EMPTY_STEPS)
 
 
-def test_each_step_has_its_own_time_around_an_evaluation_too(logger, monkeypatch):
+class Working:
+    """A value on a device that is at work until `finish`."""
+
+    def __init__(self):
+        self.done = threading.Event()
+
+    def block_until_ready(self):
+        assert self.done.wait(10)
+        return self
+
+    def __float__(self):
+        return 1.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still; `clock(logger, at, metrics)` lets a step be complete at that time."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def finish(at, metrics):
+        now[0] = at
+        metrics["scalar"]["learning/loss"].done.set()
+        metrics["completion"].result(10)
+
+    def pass_until(at):
+        now[0] = at
+
+    return finish, pass_until
+
+
+def test_each_step_has_the_time_to_its_own_completion_whenever_the_loop_asks(logger, clock):
+    finish, pass_until = clock
     logger.start_clock()
-    first, second, third = training(1.0), training(2.0), training(3.0)
-    logger.buffer_and_write_metrics(first, 0, NO_TIME)
-    now[0] = 5.0  # step 0 took five seconds; step 1 has been dispatched and takes two; an evaluation follows it
+    steps = [training(1.0) for _ in range(4)]
+    for metrics in steps:
+        metrics["scalar"]["learning/loss"] = Working()
+
+    def dispatch(number):  # writes the step before it, which must be complete
+        logger.buffer_and_write_metrics(steps[number], number, NO_TIME)
+
+    dispatch(0)
+    finish(5.0, steps[0])
+    pass_until(50.0)  # the loop waits for data
+    dispatch(1)
+    finish(57.0, steps[1])  # 52 seconds after step 0, most of them without data
     logger.flush()
-    now[0] = 7.0
-    logger.time_step(second)
-    now[0] = 100.0
-    logger.buffer_and_write_metrics(second, 1, NO_TIME)
-    logger.start_clock()
-    logger.buffer_and_write_metrics(third, 2, NO_TIME)
-    now[0] = 103.0
+    pass_until(100.0)
+    logger.start_clock()  # an evaluation was between
+    dispatch(2)
+    finish(103.0, steps[2])
+    pass_until(110.0)  # something keeps the loop from asking
+    dispatch(3)
+    finish(111.0, steps[3])
     logger.flush_metrics_and_cleanup()
-    assert [row["perf/step_time_seconds"] for row in rows(logger)] == [5.0, 2.0, 3.0]
+    assert [row["perf/step_time_seconds"] for row in rows(logger)] == [5.0, 52.0, 3.0, 8.0]
     for row in rows(logger):
         assert (row["perf/per_device_tflops"], row["perf/per_device_teacher_tflops"]) == (1.0, 0.25)
 
@@ -176,3 +221,92 @@ def test_upstreams_z_loss_is_taken_out_of_its_cross_entropy(metrics):
     scalars = {"learning/lm_loss": 3.0, "learning/z_loss": 0.25}
     metrics.add_plain_ce(config, scalars)
     assert scalars["learning/ce_loss"] == 2.75
+
+
+# Names and units ------------------------------------------------------------------------------------------------------
+
+
+def documented():
+    """Name -> where it is logged, "" for everywhere, by the tables of docs/metrics.md."""
+    found = {}
+    for line in (ROOT / "docs/metrics.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and "/" in cells[0] and cells[0].startswith("`"):
+            found |= {name.strip("` "): cells[3] for name in cells[0].split(",")}
+    return found
+
+
+def test_what_is_logged_stands_in_one_table_with_its_unit(train, teacher, experts):
+    names = documented()
+    everything = {"mtp_num_layers": 1, "mtp_eval_target_module": 1, "kd_mtp_alpha": 0.5, "eval_interval": 6}
+    taught = {"use_kd": "true", "kd_teacher_parameters_path": teacher, "eval_steps": 1, "steps": 2}
+    run = train("named", **taught, **everything, kd_top_k=8, z_loss_multiplier=1e-3, record_internal_nn_metrics="true")
+    plain = Result(0, "", pathlib.Path(teacher).parent)
+    for rows in (run.rows(), run.rows("evaluation/"), plain.rows(), experts.rows()):
+        logged = {re.sub(r"layer_\d+", "layer_NNN", name) for name in rows[0]} - {"step", "run_name"}
+        assert logged <= set(names), "not in docs/metrics.md"
+        kind = "evaluation/" in "".join(logged)
+        always = {name for name, where in names.items() if not where and name.startswith("eval") == kind}
+        assert always <= logged, "docs/metrics.md has them everywhere"
+    found = {name for row in (*run.rows(), *run.rows("evaluation/"), *plain.rows()) for name in row}
+    conditional = {"a teacher in the step", "a teacher", "not while the batch ramps up", "`kd_mtp_alpha` > 0"}
+    assert {name for name, where in names.items() if where in conditional} <= found
+    assert "perf/per_device_recomputed_tflops" in plain.rows()[0]
+
+
+def test_utilization_is_of_the_chips_peak_and_absent_where_that_is_unknown(metrics, monkeypatch):
+    amounts = {"perf/per_device_tflops": 40.0, "perf/per_device_tokens": 1000}
+    monkeypatch.setattr(compute, "peak_memory", lambda: None)
+    on_a_cpu = metrics.performance(amounts, compute.Compute(40.0), 0.5)
+    assert on_a_cpu["perf/per_device_tflops_per_sec"] == 80
+    assert on_a_cpu["perf/tokens_per_sec"] == 2000 * jax.device_count()
+    assert not {"perf/mfu_percent", "perf/hfu_percent", "perf/peak_memory_gb"} & on_a_cpu.keys()
+    monkeypatch.setattr(compute, "peak_memory", lambda: (12.5e9, 80e9))
+    on_a_chip = metrics.performance(amounts, compute.Compute(40.0, 10.0, 8.0, peak=200.0), 0.5)
+    assert (on_a_chip["perf/mfu_percent"], on_a_chip["perf/hfu_percent"]) == (40, 48)
+    assert on_a_chip["perf/peak_memory_gb"] == 12.5
+    assert "hfu" not in "".join(metrics.performance(amounts, compute.Compute(40.0, 10.0, None, 200.0), 0.5))
+    assert "mfu" not in "".join(metrics.performance({}, compute.Compute(40.0, peak=200.0), 0.5))  # the batch ramps up
+
+
+def test_a_half_of_a_chip_has_half_of_its_peak(logger):
+    devices = np.array([types.SimpleNamespace(device_kind="TPU7x")], dtype=object)
+    mesh = types.SimpleNamespace(devices=devices)
+    of_step = compute.of_run(logger.config, None, mesh)
+    assert of_step.peak == pytest.approx(2307 / 2)
+    assert of_step.teacher == 0
+    # By hand: 4 rows of 32 tokens; of each a layer's products of matrices, and half of those of attention.
+    config = logger.config
+    width, heads, kv, head = config.emb_dim, config.num_query_heads, config.num_kv_heads, config.head_dim
+    layer = 2 * width * (2 * heads * head + 2 * kv * head + 3 * config.mlp_dim)
+    attention = 2 * 32 * heads * head
+    flops = 4 * 32 * config.num_decoder_layers * (layer + attention)
+    assert of_step.recomputed == pytest.approx(flops / 1e12, rel=1e-6)
+
+
+def test_memory_is_that_of_the_fullest_device_and_is_said_after_the_first_step(logger, capsys, monkeypatch):
+    devices = [
+        types.SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak, "bytes_limit": 80e9})
+        for peak in (3e9, 5e9)
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    for step in range(2):
+        logger.buffer_and_write_metrics(training(1.0), step, NO_TIME)
+    logger.flush_metrics_and_cleanup()
+    assert [row["perf/peak_memory_gb"] for row in rows(logger)] == [5, 5]
+    assert capsys.readouterr().out.count("memory  5.00 of 80.00 GB at the most on a device") == 1
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: None)])
+    assert compute.peak_memory() is None
+
+
+def test_weights_and_biases_gets_every_row_by_its_step(logger, monkeypatch):
+    logged = {}
+    wandb = types.SimpleNamespace(log=lambda metrics, step: logged.setdefault(step, metrics))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logger.config = upstream.with_settings(logger.config, enable_wandb=True)
+    for step in range(2):
+        logger.buffer_and_write_metrics(training(float(step + 1)), step, NO_TIME)
+    logger.flush_metrics_and_cleanup()
+    assert [logged[row["step"]] for row in rows(logger)] == [
+        {name: value for name, value in row.items() if "/" in name} for row in rows(logger)
+    ]

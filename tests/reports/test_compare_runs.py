@@ -423,6 +423,17 @@ def test_speed_is_tokens_by_seconds(record: Callable[..., Path]) -> None:
     assert results(record("a"))["a"]["tokens/s"] == f"{4 * (STEPS - 1) / seconds:,.0f}"
 
 
+def test_utilization_and_memory_are_shown_where_a_run_recorded_them(record: Callable[..., Path]) -> None:
+    watched = rows_of("a")
+    for row in watched:
+        if "perf/per_device_tflops" in row:
+            row |= {"perf/mfu_percent": 50.0 if row["step"] else 1.0, "perf/peak_memory_gb": 12.5}
+    table = results(record("a", watched), record("b", kd_alpha="1.0"))
+    assert (table["a"]["MFU"], table["a"]["peak memory a device"]) == ("50.0 %", "12.50 GB")
+    assert (table["b"]["MFU"], table["b"]["peak memory a device"]) == ("\u2013", "\u2013")
+    assert "MFU" not in results(record("b", kd_alpha="1.0"))["b"]
+
+
 def test_a_long_curve_of_speed_is_thinned_to_tokens_by_seconds(
     record: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,8 +95,9 @@ def spread(values: Sequence[float | None], form: str) -> str:
 
 
 def at_flops(found: Outcome, flops: float) -> float | None:
-    """The cross-entropy at this compute, on the line between the evaluations around it; None before the first."""
-    return None if flops < found.flops[0] else float(np.interp(flops, found.flops, found.ce))
+    """The cross-entropy at this compute, on the line between the evaluations around it; None where there are none."""
+    inside = found.flops[0] <= flops <= found.flops[-1] * (1 + 1e-9)
+    return float(np.interp(flops, found.flops, found.ce)) if inside else None
 
 
 def tokens_to(found: Outcome, ce: float) -> float | None:
@@ -123,19 +124,15 @@ def cells(found: list[Outcome], budget: float, mark: float) -> dict[str, str]:
     }
 
 
-def budget_of(found: dict[str, list[Outcome]]) -> float:
-    """The largest compute that every student has spent."""
-    return min(each.flops[-1] for seeds in found.values() for each in seeds)
-
-
-def mark_of(found: dict[str, list[Outcome]]) -> float:
-    """What a fresh student of stored draws comes to; without one, the first of those that there are."""
+def fresh_distilled(found: dict[str, list[Outcome]]) -> list[Outcome]:
+    """The fresh students of stored draws, which the others are held to; without any, the first that there are."""
     by_kind = {seeds[0].student.kind: seeds for seeds in found.values()}
-    return statistics.fmean(each.ce[-1] for each in by_kind.get("kd_sampled", next(iter(found.values()))))
+    return by_kind.get("kd_sampled", next(iter(found.values())))
 
 
 def lines(found: dict[str, list[Outcome]]) -> dict[str, dict[str, str]]:
-    budget, mark = budget_of(found), mark_of(found)
+    held_to = fresh_distilled(found)
+    budget, mark = held_to[0].flops[-1], statistics.fmean(each.ce[-1] for each in held_to)
     return {title: cells(seeds, budget, mark) for title, seeds in found.items()}
 
 

@@ -181,7 +181,8 @@ def test_the_teachers_flops_are_counted_for_whoever_learns_from_it() -> None:
 def test_at_equal_flops_a_curve_is_read_between_its_evaluations() -> None:
     found = measured("ce")
     assert (found.steps, found.flops) == ([1, 2, 4], [3e12, 6e12, 12e12])
-    assert results.at_flops(found, 9e12) == pytest.approx(6.0) and results.at_flops(found, 1e12) is None
+    assert results.at_flops(found, 9e12) == pytest.approx(6.0) and results.at_flops(found, 12e12) == 5.0
+    assert results.at_flops(found, 1e12) is None is results.at_flops(found, 13e12)
 
 
 def test_the_tokens_to_a_cross_entropy_are_those_of_the_first_time_that_it_was_reached() -> None:
@@ -190,7 +191,8 @@ def test_the_tokens_to_a_cross_entropy_are_those_of_the_first_time_that_it_was_r
     assert results.tokens_to(found, 7.0) == pytest.approx(1500)
     assert results.tokens_to(found, 9.5) == pytest.approx(1000)  # no earlier evaluation tells
     assert results.tokens_to(found, 4.0) is None
-    assert results.mark_of({"CE": [found], "KD": [measured("kd_sampled")]}) == 5.0
+    distilled = measured("kd_sampled")
+    assert results.fresh_distilled({"CE": [found], "KD": [distilled]}) == [distilled]
 
 
 def test_the_table_has_a_line_a_kind_with_the_range_of_its_seeds(tmp_path: Path) -> None:

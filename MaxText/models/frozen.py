@@ -1,8 +1,8 @@
 """Parameters that stay as they are (trainable_parameters_mask): which, and how a step leaves them alone.
 
 MaxText's optimizer keeps no state for them and makes no update. But it is handed their gradient, which is computed,
-added up over devices and counted in the norm by which all are clipped; and adding an update of 0 makes a negative zero
-a positive one. Here they are no variables of the loss, so none of that is computed, and are put back as they were.
+added up over devices and counted in the norm by which all are clipped; and a router's bias moves without any. Here they
+are no variables of the loss, so none of that is computed, and they are put back as they were, whatever has moved them.
 """
 
 import re

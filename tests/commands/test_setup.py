@@ -150,4 +150,4 @@ def test_make_targets_set_up_a_missing_environment_first(target, tmp_path):
 def test_make_alone_lists_every_target():
     targets = [line.split()[0] for line in make(cwd=ROOT).splitlines()]
     tests = ["check", "test-fast", "test", "test-slow"]
-    assert targets == ["help", "demo", "demo-smollm2", *tests, "bench", "fit", "clean"]
+    assert targets == ["help", "demo", "demo-smollm2", *tests, "bench", "fit", "fit-table", "clean"]

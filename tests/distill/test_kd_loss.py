@@ -217,6 +217,12 @@ def test_sums_are_the_float64_references_sums_over_valid_positions(strategy, tru
         kl, _ = reference.kl_and_gradient(student, teacher, kept, temperature=temperature, truncation_strategy=strategy)
         full = np.ones_like(kept)
         kl_t1, _ = reference.kl_and_gradient(student, teacher, full, temperature=1.0, truncation_strategy=strategy)
+        reverse_kl_t1, jsd_t1 = (
+            reference.divergence_and_gradient(
+                name, student, teacher, full, temperature=1.0, truncation_strategy="renormalize"
+            )[0]
+            for name in ("reverse_kl", "jsd")
+        )
         expected = kd_loss.KDSums(
             ce_sum=reference.cross_entropy(student, targets)[mask].sum(),
             kd_sum=temperature**2 * kl[mask].sum(),
@@ -225,6 +231,8 @@ def test_sums_are_the_float64_references_sums_over_valid_positions(strategy, tru
             kept_mass_sum=np.where(kept, reference.softmax(teacher, temperature), 0).sum(-1)[mask].sum(),
             n=mask.sum(),
             kl_t1_sum=kl_t1[mask].sum(),
+            reverse_kl_t1_sum=reverse_kl_t1[mask].sum(),
+            jsd_t1_sum=jsd_t1[mask].sum(),
             agreement_sum=(student.argmax(-1) == teacher.argmax(-1))[mask].sum(),
         )
         for name, value in sums._asdict().items():

@@ -29,7 +29,6 @@ from MaxText.distill.divergences import (
     Sums,
 )
 from MaxText.distill.terms.base import Term
-from MaxText.distill.terms.reverse_kl import ReverseKL
 
 
 class _Maxima(NamedTuple):
@@ -42,8 +41,6 @@ class _Weights(NamedTuple):
     q: PerPosition
     p_tail: PerPosition | None
     q_tail: PerPosition | None
-    q_own: PerPosition | None = None  # those of q that have a term of their own, where not all have
-    cross: PerPosition | None = None  # of these, q times the difference of the log weights
 
 
 class _Terms(NamedTuple):
@@ -86,7 +83,7 @@ class TermSums(OfKeptSet):
             q_tail=None if tail is None else weights(tail, logits.student, scale.own.q_tail),
         )
 
-    def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> _Terms | None:
+    def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> _Terms:
         return self._terms(*self._log_probs(logits, scale, sums), self._has_term(logits))
 
     def value(self, scale: Scale, sums: Sums) -> PerPosition:
@@ -105,15 +102,10 @@ class TermSums(OfKeptSet):
         return jnp.where(self._has_q(logits), slope, 0.0)
 
     def _total(self, scale: Scale, sums: Sums) -> _Terms:
-        inside = self._inside(sums)
         if sums.own.q_tail is None:
-            return inside
+            return sums.normalized
         outside = self._tail_terms(scale, sums)
-        return _Terms(*(of_inside + of_outside for of_inside, of_outside in zip(inside, outside, strict=True)))
-
-    def _inside(self, sums: Sums) -> _Terms:
-        """Of the tokens that have a term of their own."""
-        return sums.normalized
+        return _Terms(*(of_inside + of_outside for of_inside, of_outside in zip(sums.normalized, outside, strict=True)))
 
     def _terms(self, log_p: Float[Array, "n #V"], log_q: Float[Array, "n #V"], counted: Bool[Array, "#n #V"]) -> _Terms:
         """0 where not counted, and where neither model has mass."""
@@ -147,35 +139,6 @@ class TermSums(OfKeptSet):
         return those & (logits.teacher > -jnp.inf) if self.term.is_of_teachers_support else those
 
 
-class ReverseKLSums(TermSums):
-    """The reverse KL's, whose terms need no normalised p and q: log q - log p is known but for a constant.
-
-    Where the student has less than 1e-38 of its mass where the teacher has any, and nothing is truncated, q is beyond
-    float32, and the divergence is 0, and its slope.
-    """
-
-    def terms(self, logits: Logits, scale: Scale) -> _Weights:
-        log_q = scale.log_weight(logits.student, scale.own.q)
-        difference = log_q - scale.log_weight(logits.teacher, scale.teacher)
-        q = jnp.exp(log_q)
-        own = self._has_term(logits) & (q > 0.0)
-        weights = super().terms(logits, scale)
-        return weights._replace(
-            q_own=None if weights.q_tail is None else jnp.where(own, q, 0.0),
-            cross=jnp.where(own, q * difference, 0.0),
-        )
-
-    def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> None:
-        return None
-
-    def _inside(self, sums: Sums) -> _Terms:
-        own = sums.own
-        q_own = own.q if own.q_own is None else own.q_own
-        cross = own.cross + q_own * (jnp.log(self._p_total(sums)) - _log(own.q))
-        value = jnp.where(q_own > 0.0, cross / own.q, 0.0)
-        return _Terms(value, value)
-
-
 def _log(total: PerPosition) -> PerPosition:
     """Finite: a total of 0 is that of weights which are all 0."""
     return jnp.log(jnp.where(total > 0.0, total, 1.0))
@@ -190,5 +153,4 @@ def divergence_of(term: Term | None, truncation_strategy: str) -> Divergence:
     if term is None:
         return FORWARD_KL[truncation_strategy]
     term.check(truncation_strategy)
-    kind = ReverseKLSums if isinstance(term, ReverseKL) else TermSums
-    return kind(*STRATEGIES[truncation_strategy], term)
+    return TermSums(*STRATEGIES[truncation_strategy], term)

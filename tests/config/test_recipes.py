@@ -194,6 +194,7 @@ def test_a_recipes_student_begins_near_guessing_and_learns_from_its_first_steps(
         teacher, pruned = cut_student(train, recipe, tmp_path)
         overrides = {key: SHRUNK[key] for key in ("vocab_size", "base_num_decoder_layers", "base_mlp_dim")}
         given = {"kd_teacher_overrides": json.dumps(overrides), "load_parameters_path": pruned}
+        given["kd_teacher_model_name"] = yaml.safe_load(text(recipe))["model_name"]  # what it was cut from
         ce = ten_steps(recipe, teacher, tmp_path, **given).column("learning/ce_loss")
         assert ce[0] < guessing
     assert len(ce) == 10 and ce[-1] < ce[0] - 0.1 and max(ce) < ce[0] + 0.1

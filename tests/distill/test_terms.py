@@ -1,6 +1,7 @@
 """The laws of the divergences beside the forward KL, in their plain form and by blocks."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import test_stored
 from jax.sharding import AxisType
 from test_blockwise import SHARED, WEIGHTS, assert_equal, compiled, gradients_of, in_four_devices, matrix_project
 
+from MaxText.config import checks
+from MaxText.config.keys import KDKeys
 from MaxText.distill import vocabulary
 from MaxText.distill.kd_loss import divergence, kd_sums, kl_divergence
 from MaxText.distill.projection import Projection
@@ -336,3 +339,9 @@ def test_every_divergence_has_its_laws_here():
     assert set(DIVERGENCES) == {"forward_kl", *NUMBERED}
     assert all(name == "forward_kl" or term_of(name).name == name for name in DIVERGENCES)
     assert isinstance(term_of("skew_kl"), SkewKL)
+
+
+def test_what_the_keys_allow_is_what_there_is():
+    assert typing.get_args(KDKeys.model_fields["kd_divergence"].annotation) == DIVERGENCES
+    of_teachers = [name for name in NUMBERED if term_of(name).is_of_teachers_tokens]
+    assert {"forward_kl", *of_teachers} == set(checks.OF_TEACHERS_TOKENS)

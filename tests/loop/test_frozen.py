@@ -1,5 +1,6 @@
 """Laws of frozen parameters (trainable_parameters_mask): they stay as they are, and cost no state and no reduction."""
 
+import functools
 import re
 
 import jax
@@ -7,13 +8,14 @@ import jax.numpy as jnp
 import lab as lab_lib
 import numpy as np
 import pytest
-from conftest import call_apart
+from conftest import EXPERTS, call_apart
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
 from MaxText import upstream
 from MaxText.config.keys import ConfigError
 from MaxText.data import cached
+from MaxText.loop.step import train_step
 from MaxText.models import frozen
 
 pytestmark = pytest.mark.e2e
@@ -95,6 +97,20 @@ def test_a_pattern_that_names_no_parameter_is_refused(case):
     with pytest.raises(ConfigError, match="'attn' names none of the student's parameters, such as "):
         frozen.check(config, nnx.state(lab.student.state.model, nnx.Param))
     assert "% of them are trained" in frozen.check(lab.run.student, nnx.state(lab.student.state.model, nnx.Param))
+
+
+def test_a_frozen_routers_bias_stays_where_balancing_would_move_it(tmp_path, teacher):
+    """It moves by the experts' loads, and not by a gradient."""
+
+    def moved(name, mask):
+        keys = EXPERTS | {"kd_teacher_model_name": "tiny-llama", "trainable_parameters_mask": mask}
+        lab = lab_lib.make(tmp_path / name, teacher, **keys)
+        run = functools.partial(train_step, lab.models, lab.student.params_shardings)
+        after, _ = lab.under(run, lab.student.state, lab.teacher.state, lab_lib.padded_batch())
+        before, after = arrays(lab.student.state), arrays(after)
+        return [(after[path] != before[path]).any() for path in before if path.endswith("gate/bias")]
+
+    assert all(moved("trained", "[]")) and not any(moved("frozen", "['embedding']"))
 
 
 def reduced(folder, teacher):

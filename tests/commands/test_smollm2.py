@@ -191,6 +191,8 @@ def test_the_tokens_to_a_cross_entropy_are_those_of_the_first_time_that_it_was_r
     assert results.tokens_to(found, 7.0) == pytest.approx(1500)
     assert results.tokens_to(found, 9.5) == pytest.approx(1000)  # no earlier evaluation tells
     assert results.tokens_to(found, 4.0) is None
+    found.ce[:] = [6.0, 9.0, 5.0]  # it rose in between
+    assert results.tokens_to(found, 5.5) == pytest.approx(3750)
     distilled = measured("kd_sampled")
     assert results.fresh_distilled({"CE": [found], "KD": [distilled]}) == [distilled]
 

@@ -21,3 +21,8 @@ from MaxText.loop import header
 def test_the_loss_is_told_with_its_divergence(keys, text):
     kd = check_kd({"use_kd": True, "kd_teacher_parameters_path": "/teacher", **keys})
     assert header.loss_text(kd) == f"0.5 CE + 0.5 T^2 {text} over the whole vocabulary, T = 1"
+
+
+def test_the_share_of_positions_that_is_taught_is_told():
+    kd = check_kd({"use_kd": True, "kd_teacher_parameters_path": "/teacher", "kd_positions": 0.2})
+    assert "over the whole vocabulary at the 20% of positions of highest entropy, T = 1" in header.loss_text(kd)

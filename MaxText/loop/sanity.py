@@ -119,6 +119,6 @@ def check_on_first_step(config: Any, kd: Distillation, origin: str, scalars: dic
     if not float(scalars["learning/total_weights"]):
         return
     ce = float(scalars["learning/ce_loss" if kd.distils else "learning/lm_loss"])
-    if "learning/teacher_ce_loss" in scalars:
+    if kd.distils:
         check(config, kd, ce, float(scalars["learning/teacher_ce_loss"]), "the first training batch")
     check_student(config, origin, ce, "the first training batch")

@@ -342,19 +342,18 @@ def training_metrics(models: Models, sums: Scalars) -> Scalars:
     ce = sums["ce_sum"] / n
     lm_loss = ce + sums["z_loss_sum"] / n  # as upstream means it: with the z-loss
     distilled_mtp = ("mtp_ce_loss", "mtp_kd_loss") if models.kd.kd_mtp_alpha > 0 else ()
-    # Of draws no kept mass is known; where positions are chosen, the teacher's cross-entropy is not.
-    names = {"learning/kd_kept_mass": "kept_mass_sum", "learning/teacher_ce_loss": "teacher_ce_sum"}
-    known = {metric: sums[name] / n for metric, name in names.items() if name in sums}
+    kept = {"learning/kd_kept_mass": sums["kept_mass_sum"] / n} if "kept_mass_sum" in sums else {}  # not of draws
     return {
         "learning/loss": sums["objective"] / n,
         "learning/ce_loss": ce,
         "learning/lm_loss": lm_loss,
         "learning/perplexity": jnp.exp(lm_loss),
         "learning/kd_loss": sums["kd_sum"] / n,
+        "learning/teacher_ce_loss": sums["teacher_ce_sum"] / n,
         "learning/z_loss": sums["z_loss_sum"] / n,
         "learning/moe_lb_loss": sums["moe_lb_loss_sum"] / n,
         "learning/mtp_loss": sums["mtp_loss_sum"] / n,
         "learning/total_weights": sums["n"],
-        **known,
+        **kept,
         **{f"learning/{name}": sums[f"{name}_sum"] / n for name in distilled_mtp},
     }

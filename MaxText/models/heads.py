@@ -263,7 +263,7 @@ def kd_objective(
 
     Returns:
       The objective's sum over all valid positions, and the sums it is made of. With `chosen` what is known of the
-      teacher is that of those positions, and weighs so that it is their mean when divided by n; teacher_ce_sum is None.
+      teacher is that of those positions, and weighs so that it is their mean when divided by n.
     """
     teacher_config = teacher.config if isinstance(teacher, Side) else None
     layout = Layout(mesh, tokens.targets.shape, student.config, teacher_config, kd)
@@ -328,9 +328,9 @@ def for_share(weights: Weights, share: Float[Array, ""]) -> tuple[Weights, Float
 
 def of_both(taught: KDSums, others: KDSums, share: Float[Array, ""]) -> KDSums:
     """The sums of all positions, where those that know the teacher are of a share of them."""
-    added = {name: getattr(taught, name) + getattr(others, name) for name in ("ce_sum", "log_z_sq_sum", "n")}
-    kept = None if taught.kept_mass_sum is None else taught.kept_mass_sum / share
-    return taught._replace(**added, kd_sum=taught.kd_sum / share, kept_mass_sum=kept, teacher_ce_sum=None)  # type: ignore[arg-type]
+    own = ("ce_sum", "log_z_sq_sum", "n")
+    added = {name: getattr(taught, name) + getattr(others, name) for name in own}
+    return jax.tree.map(lambda of_share: of_share / share, taught)._replace(**added)
 
 
 def divergence(kd: Distillation) -> Divergence:

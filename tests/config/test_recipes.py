@@ -204,7 +204,7 @@ def cut_student(train: Any, recipe: str, folder: pathlib.Path) -> tuple[pathlib.
     """The recipe's model, having learned the batch, and the same without the smaller half of each layer's matrices."""
     name = yaml.safe_load(text(recipe))["model_name"]
     own = SHRUNK | {"model_name": name, "steps": 40, "learning_rate": 1e-3, "kd_embedding_std": 0.02}
-    trained = train("to_cut", **own)
+    trained = train(f"to_cut_{name}", **own)
     tree = ocp.load(trained.folder / "checkpoints/39", checkpointable_name="items")["params"]
 
     def without_the_small(path: Any, x: Any) -> Any:

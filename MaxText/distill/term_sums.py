@@ -4,8 +4,7 @@
 
 A term is of p and q, which are known once their weights are summed. So the sums of the terms are a visit of the
 vocabulary more than the forward KL needs, and no array: in it both models' logits are read again, and what pulls at
-the student is summed with the values, for the gradient's visit to begin with. The reverse KL does without: its terms
-are linear in the logarithms, and normalised afterwards.
+the student is summed with the values, for the gradient's visit to begin with.
 
 What is outside the kept set is one token under other_bucket. Its p and q have largest logits of their own, so that
 their logarithms are right however little they are.

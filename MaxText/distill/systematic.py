@@ -142,10 +142,20 @@ def _drawn(
     chunk_ends = written(before + jnp.cumsum(masses, axis=-1))
     place = written((_searched if on_cpu else _reached)(masses[:, None], chunk_ends[:, None], points))
     tokens = weights(written(jnp.take_along_axis(padded, place[..., None], axis=1)) - maximum[..., None])
-    start = jnp.take_along_axis(chunk_ends - masses, place, axis=-1)
+    start = (_looked_up if on_cpu else _compared)(chunk_ends - masses, place)
     token = _reached(tokens, start[..., None] + (_summed if on_cpu else jnp.cumsum)(tokens, axis=-1), points)
     ids = vocabulary.of_shard(shard, vocabulary.first(logits) + place * chunk + token)
     return Drawn(ids, total, jax.tree.map(lambda of: vocabulary.sums(lambda _, of: of, of), others))
+
+
+def _looked_up(values: Float[Array, "n C"], at: Int[Array, "n N"]) -> Float[Array, "n N"]:
+    return jnp.take_along_axis(values, at, axis=-1)
+
+
+def _compared(values: Float[Array, "n C"], at: Int[Array, "n N"]) -> Float[Array, "n N"]:
+    """The same where a lookup costs as much as a hundred comparisons: accelerators take one number after the other."""
+    here = at[..., None] == jnp.arange(values.shape[-1], dtype=jnp.int32)
+    return jnp.sum(jnp.where(here, values[:, None], 0.0), axis=-1)
 
 
 def _summed(masses: Float[Array, "n N S"], axis: int) -> Float[Array, "n N S"]:

@@ -21,6 +21,7 @@ from MaxText.chips import CHIPS
 from MaxText.distill.block import Weights
 from MaxText.distill.blockwise import Tokens, blockwise_kd
 from MaxText.distill.projection import Projection
+from MaxText.distill.targets import teacher_targets
 from MaxText.distill.teacher_side import LiveTeacher
 from MaxText.distill.term_sums import divergence_of
 from MaxText.distill.terms.named import term_named
@@ -174,3 +175,21 @@ def test_no_float32_array_of_a_block_s_logits_is_written(keep):
     for lines in bodies(text):
         written = [line for line in lines if re.search(rf"= \(?[^=]*f32\[{shape[0]},{shape[1]}\]", line)]
         assert not written, written[:3]
+
+
+def test_of_a_draw_only_its_chunk_is_looked_up():
+    """A TPU gathers one row after the other, so that a lookup costs as much as a hundred comparisons."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    upstream.load_libtpu()
+    sharding = SingleDeviceSharding(upstream.topology_devices("v5e-1", 1)[0])
+    n, vocabulary, draws = 2048, VOCABULARY // 16, 50
+
+    def targets(hidden, head, mask, targets, offsets):
+        return teacher_targets(Projection(hidden, head, project), mask, targets, offsets, block_size=n, draws=draws)
+
+    shapes = [((n, E), "bfloat16"), ((vocabulary, E), "bfloat16"), ((n,), "bool"), ((n,), "int32"), ((n,), "float32")]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding) for shape, dtype in shapes]
+    text = jax.jit(targets).lower(*arguments).compile().as_text()
+    looked_up = re.findall(rf" = \w+(\[{n},{draws}[\d,]*\])\S* gather\(", text)
+    assert looked_up == [f"[{n},{draws},128]"]
+    assert not re.search(r" sort\(", text)

@@ -30,6 +30,7 @@ with epy.lazy_imports():
     from MaxText.cache import lock, manifest, shards
     from MaxText.data import coverage, iterators, once, pipelines, templates, tokens
     from MaxText.loop import caching, verifying
+    from MaxText.models import student as student_lib
     from MaxText.models import teacher as teacher_lib
     from MaxText.models import vocabularies
 
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
 
     with upstream.monitored(config, recorder), iterators.closed_at_the_end():
         # 2. Teacher: restored on the run's mesh.
-        mesh = upstream.maxtext_utils.get_mesh_from_config(config)
+        with student_lib.refusals_as_config_errors(config):
+            mesh = upstream.maxtext_utils.get_mesh_from_config(config)
         with waiting("restoring the teacher"):
             teacher = teacher_lib.load(teacher_config, checkpoint, mesh, kd.kd_teacher_dtype, kd.kd_vocab_size)
         contents = caching.contents_of(config, kd, teacher)

@@ -51,8 +51,13 @@ CHIPS = {
     "NVIDIA B200": Chip("B200", 180 * GIB, 2250e12, 8000e9, 1800e9),
 }
 
+# In the name of what begins like a chip of the table and is another: cards with another peak, and parts of a chip.
+OTHERS = ("PCIE", "NVL", "MIG")
+
 
 def chip_of(mesh: jax.sharding.Mesh) -> Chip | None:
     """That of the mesh's devices; None where the table does not hold it."""
     kind = mesh.devices.flat[0].device_kind
+    if any(word in kind.upper() for word in OTHERS):
+        return None
     return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), None)

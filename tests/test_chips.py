@@ -27,6 +27,10 @@ def test_every_topology_of_the_engine_is_of_a_chip_in_the_table():
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("cpu", None),
     ],
 )

@@ -7,6 +7,7 @@ teacher's checkpoint can tell (models/teacher.py).
 import contextlib
 import importlib.util
 import pathlib
+import re
 from typing import Any
 
 import pydantic
@@ -204,6 +205,9 @@ def check_refused(settings: dict[str, Any]) -> None:
 
 
 def check_run(student: Any) -> None:
+    for key in ("per_device_batch_size", "max_target_length"):
+        if getattr(student, key) <= 0:
+            raise ConfigError(f"{key}={getattr(student, key):g}: a number above 0 is expected")
     if "://" in (student.metrics_file or ""):
         raise ConfigError(f"metrics_file={student.metrics_file!r}: a local path is expected")
     if student.dataset_type == "synthetic" and student.eval_interval > 0 and student.eval_steps <= 0:
@@ -228,8 +232,21 @@ def check_run(student: Any) -> None:
             "train nothing (docs/design/lora.md); allowed is False"
         )
     check_embedding_std(student)
+    check_patterns(student)
     if student.elastic_enabled and not student.use_kd:
         raise ConfigError("elastic_enabled=True: run it by MaxText's own program, maxtext.trainers.pre_train.train")
+
+
+def check_patterns(student: Any) -> None:
+    """What is looked for in the paths of parameters must be regular expressions."""
+    for key in ("trainable_parameters_mask", "adamw_mask"):
+        for pattern in getattr(student, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"{key}={getattr(student, key)}: {pattern!r} is no regular expression ({error})"
+                ) from None
 
 
 def check_embedding_std(student: Any) -> None:

@@ -4,6 +4,7 @@ Left out on purpose: their meaning and defaults, which stand in MaxText/configs/
 others (checks.py).
 """
 
+import contextlib
 import functools
 import os
 from typing import Any, Literal, Self
@@ -68,6 +69,9 @@ class KDKeys(pydantic.BaseModel):
     @pydantic.field_validator("kd_positions", mode="before")
     @classmethod
     def _is_all_or_a_share(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all":  # from the environment numbers come as texts
+            with contextlib.suppress(ValueError):
+                value = float(value)
         if value != "all" and not (isinstance(value, float) and 0 < value < 1):
             raise ValueError("all is expected, or a share of the positions, above 0 and below 1")
         return value
@@ -80,6 +84,12 @@ class KDKeys(pydantic.BaseModel):
     def _none_is_empty(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """`key=` on the command line arrives as None."""
         return value if value is not None else {} if info.field_name == "kd_teacher_overrides" else ""
+
+    @pydantic.field_validator("kd_cache_path")
+    @classmethod
+    def _home_is_no_folder_of_that_name(cls, value: str) -> str:
+        """In a yml file no shell has looked at a ~."""
+        return os.path.expanduser(value)
 
 
 class RotaryKeys(pydantic.BaseModel):

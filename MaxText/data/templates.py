@@ -1,5 +1,6 @@
 """The chat template of a run that learns from conversations: which one, and whether answers can be found in it."""
 
+import hashlib
 import os
 from typing import Any
 
@@ -35,6 +36,16 @@ def named(config: Any) -> str:
             ".json with the key chat_template"
         )
     return found
+
+
+def identity(config: Any) -> str:
+    """A hash of the template that writes a run's conversations; "" where none does."""
+    if not reads_conversations(config):
+        return ""
+    template = named(config)
+    if not template and (loaded := tokens.of_run(config)[1]) is not None:
+        template = loaded.tokenizer.chat_template
+    return hashlib.sha256(repr(template).encode()).hexdigest()[:32]
 
 
 def check(config: Any) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from MaxText.cache import codec, manifest, quantiser, row, shards
 from MaxText.config.keys import Distillation
 from MaxText.console import readable
-from MaxText.data import evaluation, files, once, tokens
+from MaxText.data import evaluation, files, once, templates, tokens
 from MaxText.distill.targets import Targets
 from MaxText.loop import course, sanity, targets
 from MaxText.loop import header as header_lib
@@ -42,7 +42,8 @@ AHEAD = 2
 # The settings that decide what the rows are, beside the files.
 OF_DATA = ("dataset_type", "packing", "grain_packing_type", "max_segments_per_seq", "use_truncation", "use_sft",
            "sft_train_on_completion_only", "add_bos", "add_eos", "enable_data_shuffling", "data_shuffle_seed",
-           "global_batch_size_to_load", "global_batch_size_to_load_eval")  # fmt: skip
+           "global_batch_size_to_load", "global_batch_size_to_load_eval", "train_data_columns", "eval_data_columns",
+           "tokenize_train_data", "tokenize_eval_data", "formatting_func_path")  # fmt: skip
 
 
 def contents_of(config: Any, kd: Distillation, teacher: Teacher) -> manifest.Contents:
@@ -50,6 +51,10 @@ def contents_of(config: Any, kd: Distillation, teacher: Teacher) -> manifest.Con
     is_drawn = kd.kd_cache_mode == "sample"
     settings = {key: getattr(config, key) for key in OF_DATA}
     data = {key: getattr(value, "value", value) for key, value in settings.items()}
+    data["chat_template"] = templates.identity(config)
+    # The same parameters are another teacher where they are computed with otherwise: its fingerprint does not tell.
+    data |= {"kd_teacher_model_name": kd.kd_teacher_model_name or config.model_name}
+    data |= {"kd_teacher_overrides": dict(sorted(kd.kd_teacher_overrides.items()))}
     return manifest.Contents(
         teacher=manifest.Teacher(**run_manifest.identity(teacher)),
         tokenizer=tokens.identity(config),

@@ -112,9 +112,13 @@ def refusals_as_config_errors(config: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
-        passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        passed = (frame.f_globals.get("__name__", "") for frame in frames)
         about = fault = ""
-        if any(name.startswith("maxtext.input_pipeline") for name in passed):
+        if any(frame.f_code.co_name == "fill_unspecified_mesh_axes" for frame in frames):
+            axes = f"ici_*_parallelism={config.ici_parallelism} dcn_*_parallelism={config.dcn_parallelism}"
+            about, fault = f"{axes}, {jax.device_count()} devices: ", " ".join(str(error).split())
+        elif any(name.startswith("maxtext.input_pipeline") for name in passed):
             about, fault = f"{data_settings(config)}: ", faults.named(config, error)
         elif str(getattr(error, "filename", "")).startswith(config.base_output_directory or "\0"):
             about = f"base_output_directory={config.base_output_directory!r}: "

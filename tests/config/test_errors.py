@@ -78,6 +78,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         [*KD, "shard_optimizer_over_data=true", "trainable_parameters_mask=['norm']"],
         ["trainable_parameters_mask=['norm'] shard_optimizer_over_data=True", "one of the two"],
     ),
+    "no rows": ([*KD, "per_device_batch_size=0"], ["per_device_batch_size=0: a number above 0"]),
+    "no positions": ([*KD, "max_target_length=0"], ["max_target_length=0: a number above 0"]),
+    "a mesh of other devices": (
+        [*KD, "ici_tensor_parallelism=3"],
+        ["ici_*_parallelism=[", "3", " devices: Unspecified value unable to be determined with the given ICI"],
+    ),
+    "a pattern that is none": (
+        [*KD, "trainable_parameters_mask=['layers/', '(']"],
+        ["trainable_parameters_mask=['layers/', '(']", "'(' is no regular expression"],
+    ),
     "a pattern of no parameter": (
         [*KD, "trainable_parameters_mask=['layers', 'attn']"],
         ["trainable_parameters_mask=", "'attn' names none of the student's parameters"],

@@ -125,6 +125,17 @@ def test_what_the_environment_says_of_the_run_holds_for_the_teacher_too(monkeypa
     assert resolve_teacher(run, scan_layers=True).remat_policy == run.student.remat_policy == "minimal"
 
 
+def test_a_cache_may_lie_below_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of_mine")
+    run = resolve.initialize([*ENTRY, *KD, "kd_cache_path=~/cache"], writes_cache=True)
+    assert run.kd.kd_cache_path == "/home/of_mine/cache"
+
+
+def test_a_share_of_the_positions_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("M_KD_POSITIONS", "0.25")
+    assert initialize(*KD).kd.kd_positions == 0.25
+
+
 @pytest.mark.parametrize("key", ["kd_alpha", "kd_temperature", "kd_top_k", "kd_top_p", "kd_block_mib"])
 def test_true_is_no_number(key):
     with pytest.raises(ConfigError, match=f"{key}=True: a number is expected"):

@@ -224,3 +224,13 @@ def test_a_template_is_read_from_where_the_run_is_started(config_of, tmp_path, m
     for pipeline in ("grain parquet", "hf parquet"):
         config = config_of(pipeline, chat_template="", chat_template_path="of_mine.jinja")
         assert read(config) == expected(SAID)
+
+
+def test_another_template_has_another_identity_and_the_same_one_its_own_wherever_it_is_written(
+    config_of, tmp_path
+) -> None:
+    (tmp_path / "of_mine.jinja").write_text(TEMPLATE)
+    named = templates.identity(config_of())
+    assert templates.identity(config_of(chat_template="", chat_template_path=str(tmp_path / "of_mine.jinja"))) == named
+    assert templates.identity(config_of(chat_template=FORGETFUL)) != named
+    assert templates.identity(config_of(use_sft=False)) == ""

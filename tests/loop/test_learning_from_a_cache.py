@@ -504,6 +504,12 @@ OTHERS = [
     ({"vocab_size": 300, "override_model_config": "true"}, "vocab_size: 256 there, 300 now"),
     ({"per_device_batch_size": 8}, "global_batch_size_to_load: 4 there, 8 now"),
     ({"packing": "true"}, "packing: False there, True now"),
+    ({"train_data_columns": "['summary']"}, r"train_data_columns: \['text'\] there, \['summary'\] now"),
+    ({"kd_teacher_model_name": "tiny-qwen3"}, "kd_teacher_model_name: 'tiny-llama' there, 'tiny-qwen3' now"),
+    (
+        {"kd_teacher_overrides": "{rope_max_timescale: 500000}"},
+        r"kd_teacher_overrides: \{\} there, \{'rope_max_timescale': 500000\} now",
+    ),
     ({"tokenizer_type": "huggingface", "tokenizer_path": "letters"}, "tokenizer: .* there, .* now"),
     ({"fingerprint": "1" * 32}, "teacher: /t at step 5 .* there, /t at step 5 .* now"),
 ]

@@ -45,7 +45,7 @@ def pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     cuts = []
     for at in answers:
         through = written(tokenizer, messages[: at + 1])
-        if text.startswith(through):
+        if text.startswith(through) and is_asked(tokenizer, messages[:at], text):
             asked = written(tokenizer, messages[:at], add_generation_prompt=True)
             cuts += [shared(text, asked), len(through)]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -58,6 +58,17 @@ def pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
         found.append(Piece(encoded["input_ids"][begin:end], is_answer=number % 2 == 1))
         begin = end
     return [piece for piece in found if piece.tokens]
+
+
+def is_asked(tokenizer: Any, before: Sequence[Message], text: str) -> bool:
+    """Whether what stands before an answer tells where the model begins to speak.
+
+    Nothing does not: templates write no conversation of no message. Another answer does if it is written in `text` as
+    it was when it was the last.
+    """
+    if not before or before[-1]["role"] != "assistant":
+        return bool(before)
+    return text.startswith(written(tokenizer, before))
 
 
 def written(tokenizer: Any, messages: Sequence[Message], **more: Any) -> str:

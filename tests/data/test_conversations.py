@@ -18,7 +18,7 @@ from reading import rows_of, with_keys
 from MaxText import upstream
 from MaxText.config import resolve
 from MaxText.config.keys import ConfigError
-from MaxText.data import coverage, templates
+from MaxText.data import conversations, coverage, templates
 
 BATCH = 4
 # As some do, it writes the last answer otherwise than the ones before it.
@@ -141,6 +141,25 @@ def test_a_template_that_rewrites_earlier_answers_has_the_last_as_target(config_
         assert found[tuple(tokens)] == tuple(at >= len(tokens) - last for at in range(len(tokens)))
     templates.check(config_of())
     assert not capsys.readouterr().out
+
+
+def test_an_answer_with_which_a_conversation_begins_is_no_target(folder) -> None:
+    said = [("assistant", "ab"), ("user", "c"), ("assistant", "de")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "marks of their own", chat_template=TEMPLATE)
+    tokens, answers = plain(said)
+    prompt, answer = conversations.pieces(tokenizer, messages_of(said))
+    assert (prompt.tokens + answer.tokens, answer.is_answer) == (tokens, True)
+    assert answer.tokens == tokens[-3:] and answers[-3:] == [True] * 3
+
+
+def test_an_answer_behind_one_that_the_template_rewrites_is_no_target(folder) -> None:
+    said = [("user", "a"), ("assistant", "bc"), ("assistant", "de")]
+    messages = messages_of(said)
+    read = transformers.AutoTokenizer.from_pretrained
+    as_said = conversations.pieces(read(folder / "marks of their own", chat_template=TEMPLATE), messages)
+    assert [len(piece.tokens) for piece in as_said if piece.is_answer] == [3, 3]
+    rewritten = conversations.pieces(read(folder / "marks of their own", chat_template=FORGETFUL), messages)
+    assert not any(piece.is_answer for piece in rewritten)
 
 
 def test_a_real_tokenizer_reads_a_conversation_as_it_reads_its_text(config_of, tmp_path) -> None:

@@ -93,7 +93,10 @@ def find(config: Any, kd: Distillation) -> Cached | None:
         return None
     folder = Path(kd.kd_cache_path)
     splits = SPLITS if config.eval_interval > 0 else SPLITS[:1]
-    checked = {split: manifest.check(folder, split).splits[split] for split in splits}
+    try:
+        checked = {split: manifest.check(folder, split).splits[split] for split in splits}
+    except ConfigError as error:  # of a file
+        raise ConfigError(f"kd_cache_path={kd.kd_cache_path}: {error}") from error
     files = {split: {shard.name: shard.sha256 for shard in of.shards} for split, of in checked.items()}
     found = manifest.read(folder)
     check_fits(config, kd, found.contents)

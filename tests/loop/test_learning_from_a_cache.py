@@ -423,7 +423,7 @@ def test_the_likeliest_tokens_that_are_stored_are_the_truncation_that_a_run_tell
 def test_a_folder_that_holds_no_cache_is_named_by_its_key(tmp_path):
     line = caches.arguments(caches.students(READING, tmp_path / "none"), tmp_path)
     run = resolve.initialize(["train.py", *line])
-    with pytest.raises(ConfigError, match="^kd_cache_path=.*none: .*manifest.json: is missing"):
+    with pytest.raises(ConfigError, match=r"^kd_cache_path=.*none: .*manifest.json: is missing"):
         cached.find(run.student, run.kd)
 
 

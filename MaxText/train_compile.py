@@ -31,7 +31,7 @@ from MaxText.chips import chip_of
 from MaxText.compiled.account import Reading
 from MaxText.compiled.cost import Cost
 from MaxText.config import resolve
-from MaxText.config.files import CONFIGS, load_layers
+from MaxText.config.files import CONFIGS, load_layers, plain_defaults, resolved_keys
 from MaxText.config.keys import ConfigError, Distillation
 from MaxText.config.presets import suggestion
 from MaxText.config.resolve import Run
@@ -98,16 +98,17 @@ def initialize(argv: list[str]) -> Run:
     arguments = [argument for argument in argv[1:] if "=" in argument]
     path = argv[1] if len(argv) > 1 and "=" not in argv[1] else str(CONFIGS / "base.yml")
     defaults, user = load_layers(path)
-    given = omegaconf.OmegaConf.merge(defaults, user, omegaconf.OmegaConf.from_cli(arguments))
+    user = omegaconf.OmegaConf.merge(user, omegaconf.OmegaConf.from_cli(arguments))
+    given = plain_defaults() | resolved_keys(defaults, user)
     settled = ["skip_jax_distributed_system=true", "enable_goodput_recording=false", "use_vertex_tensorboard=false"]
-    if not given.kd_teacher_parameters_path and not given.kd_cache_path:
+    if not given["kd_teacher_parameters_path"] and not given["kd_cache_path"]:
         settled.append("kd_teacher_parameters_path=unread")
-    if topology := given.compile_topology:
+    if topology := given["compile_topology"]:
         check_topology(str(topology))
-        upstream.set_verbose(str(given.log_config).lower() == "true")
+        upstream.set_verbose(str(given["log_config"]).lower() == "true")
         upstream.load_libtpu()
         settled.append(f"hardware={upstream.topologies()[topology].platform}")
-        if given.compile_topology_num_slices == -1:
+        if given["compile_topology_num_slices"] == -1:
             settled.append("compile_topology_num_slices=1")
     return resolve.initialize([*argv, *settled])
 

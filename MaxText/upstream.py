@@ -8,6 +8,7 @@ Left out on purpose: everything that is a choice of this project (losses, teache
 # ruff: noqa: F401  the modules are here for others to reach
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -77,13 +78,19 @@ def prepare_runtime() -> None:
 
 
 def resolve_config(
-    base: omegaconf.DictConfig, preset_folder: str, arguments: list[str], config_class: type, **overrides: Any
+    defaults: dict[str, Any],
+    files: omegaconf.DictConfig,
+    preset_folder: str,
+    arguments: list[str],
+    config_class: type,
+    **overrides: Any,
 ) -> Any:
     """Resolves layers of settings into MaxText's configuration object.
 
     Args:
-      base: the yml files, already merged; upstream would look for them only beside each other and in its own package.
-        It is the caller's no more: upstream takes keys out of it.
+      defaults: what holds where nothing is said. Upstream merges yml files, arguments and preset five times over: the
+        thousand keys that none of them may change are laid beneath when it is done.
+      files: the yml files, already merged; upstream would look for them only beside each other and in its own package.
       preset_folder: a folder whose `models/` is searched before upstream's for `<model_name>.yml`.
       arguments: `key=value` of the command line.
       config_class: the pydantic model that the settings must satisfy.
@@ -94,7 +101,21 @@ def resolve_config(
       ValueError: what upstream's own validation refuses.
     """
     anchor = os.path.join(preset_folder, "base.yml")  # upstream derives the preset's folder from this name
-    with mock.patch.object(pyconfig, "_load_config", lambda _: base):
+    prepare = pyconfig._prepare_for_pydantic
+
+    def is_merged(key: str, value: Any) -> bool:
+        """Rules and groups of keys are added to, and what the environment sets is of the type that is there."""
+        return key == "logical_axis_rules" or isinstance(value, dict) or f"M_{key.upper()}" in os.environ
+
+    base = omegaconf.OmegaConf.merge({key: value for key, value in defaults.items() if is_merged(key, value)}, files)
+
+    def on_defaults(raw_keys: dict[str, Any], **settings: Any) -> dict[str, Any]:
+        return prepare(copy.deepcopy(defaults) | raw_keys, **settings)
+
+    with (
+        mock.patch.object(pyconfig, "_load_config", lambda _: base),
+        mock.patch.object(pyconfig, "_prepare_for_pydantic", on_defaults),
+    ):
         resolved = pyconfig._initialize_pydantic(["", anchor, *arguments], config_class=config_class, **overrides)
     return pyconfig.HyperParameters(resolved)
 

@@ -120,6 +120,7 @@ CALLS = {
     "pyconfig.HyperParameters": "pydantic_config",
     "pyconfig._initialize_pydantic": "argv | config_class **kwargs",
     "pyconfig._load_config": "config_name",
+    "pyconfig._prepare_for_pydantic": "raw_keys | config_class",
     "qk_clip_utils.apply_qk_clip_nnx": "state intermediate_outputs config",
     "qk_clip_utils.calculate_max_logit_metric": "intermediate_outputs",
     "sharding.create_sharding": "mesh logical_names",
@@ -225,8 +226,11 @@ SOURCES = {
     ],
     # Rows are filled with the id of padding, in segments and positions as well.
     "input_pipeline_utils.PadOrTrimToMaxLength.map": ["self._pad_text(element[key], self.max_length, self.pad_id)"],
-    # A config is resolved through a loader that can be replaced.
-    "pyconfig._initialize_pydantic": ["_load_config("],
+    # A config is resolved through a loader that can be replaced, and defaults can be laid beneath what it makes of it.
+    "pyconfig._initialize_pydantic": [
+        "_load_config(", "pydantic_kwargs = _prepare_for_pydantic(raw_keys_dict, config_class=config_class)",
+        "env_key in os.environ", "original_value = raw_keys_dict.get(k)",
+    ],
     # Accumulation reads what our loss gives, calls it with its five positions and is_train, and adds up the rest.
     "gradient_accumulation.gradient_accumulation_loss_and_grad": [
         *(f'aux["{key}"]' for key in ("xent_sum", "total_weights", "moe_lb_loss", "indexer_loss", "mtp_loss")),

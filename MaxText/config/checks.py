@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 
 from MaxText import upstream
-from MaxText.config.files import CONFIGS, load_yml
+from MaxText.config.files import plain_defaults
 from MaxText.config.keys import ConfigError, Distillation, KDKeys, describe
 from MaxText.config.presets import preset_folder, suggestion
 
@@ -54,7 +54,7 @@ def check_keys(user: dict[str, Any], schema: type[pydantic.BaseModel], inside: s
 
 def check_kd(user: dict[str, Any], *, writes_cache: bool = False) -> Distillation:
     """Checks the kd_* keys alone: their errors need neither the engine nor a device."""
-    defaults = load_yml(str(CONFIGS / "base.yml"))
+    defaults = plain_defaults()
     values = {key: user.get(key, defaults[key]) for key in KDKeys.model_fields}
     try:
         kd = Distillation(**values)

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 from typing import Any
 
 import omegaconf
@@ -39,8 +40,22 @@ def load_layers(path: str) -> tuple[omegaconf.DictConfig, omegaconf.DictConfig]:
 
 @functools.cache
 def defaults() -> omegaconf.DictConfig:
-    """Upstream's base.yml under ours: a thousand keys, which student and teacher each begin with."""
+    """Upstream's base.yml under ours: a thousand keys, which OmegaConf copies one by one wherever they are merged."""
     return omegaconf.OmegaConf.merge(load_yml(upstream.base_yml()), load_yml(str(CONFIGS / "base.yml")))
+
+
+@functools.cache
+def plain_defaults() -> dict[str, Any]:
+    """They, which refer to nothing, as plain values: what student and teacher each begin with."""
+    found: Any = omegaconf.OmegaConf.to_container(defaults(), resolve=True)
+    return found
+
+
+def named(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dict[str, Any]:
+    """The keys of `base` that interpolations of the user's may name."""
+    text = omegaconf.OmegaConf.to_yaml(user)
+    words = set(re.findall(r"\w+", text)) if "${" in text else ()
+    return {str(key): base[key] for key in base if key in words}
 
 
 def find_base(name: str, named_by: pathlib.Path) -> pathlib.Path:
@@ -70,8 +85,7 @@ def merged_flag(base: omegaconf.DictConfig, user: dict[str, Any], key: str) -> b
 def resolved_keys(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dict[str, Any]:
     """The user's keys with their interpolations, which may name keys of `base`, filled in."""
     try:
-        refers = "${" in omegaconf.OmegaConf.to_yaml(user)  # else the thousand keys of `base` need not be copied
-        everything = omegaconf.OmegaConf.merge(base, user) if refers else user
+        everything = omegaconf.OmegaConf.merge(named(base, user), user)
         found: Any = omegaconf.OmegaConf.to_container(everything, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from None

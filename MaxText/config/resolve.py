@@ -16,7 +16,15 @@ import pydantic
 from MaxText import upstream
 from MaxText.config.checks import check_kd, check_keys, check_refused, check_run, check_teacher_keys, refusable
 from MaxText.config.data import cached_data
-from MaxText.config.files import CONFIGS, absolute, load_layers, merged_flag, resolved_keys
+from MaxText.config.files import (
+    CONFIGS,
+    absolute,
+    load_layers,
+    merged_flag,
+    named,
+    plain_defaults,
+    resolved_keys,
+)
 from MaxText.config.keys import ConfigError, Distillation, KDKeys, config_class, describe, environment_keys
 from MaxText.config.presets import preset_folder
 
@@ -55,7 +63,9 @@ def initialize(argv: list[str], *, writes_cache: bool = False) -> Run:
         raise ConfigError(f"{malformed[0]!r}: arguments are key=value, after at most one config.yml")
     base, user_files = load_layers(path)
     command_line = omegaconf.OmegaConf.from_cli(arguments)
-    user = resolved_keys(base, omegaconf.OmegaConf.merge(user_files, command_line))
+    given_keys = omegaconf.OmegaConf.merge(user_files, command_line)
+    user = resolved_keys(base, given_keys)
+    files = omegaconf.OmegaConf.merge(named(base, given_keys), user_files)
     schema = config_class()
     check_keys(user, schema)
     given = check_kd(user | environment_keys(KDKeys), writes_cache=writes_cache)
@@ -63,7 +73,6 @@ def initialize(argv: list[str], *, writes_cache: bool = False) -> Run:
         check_refused(refusable(user | environment_keys(schema), schema))
     stored = cached_data(given.kd_cache_path) if given.is_cached and not writes_cache else {}
     user |= stored
-    merged = omegaconf.OmegaConf.merge(base, user_files)
     output = user.get("base_output_directory")
     if output and "M_BASE_OUTPUT_DIRECTORY" not in os.environ:  # checkpoints want an absolute path
         arguments = [a for a in arguments if not a.startswith("base_output_directory=")]
@@ -75,7 +84,7 @@ def initialize(argv: list[str], *, writes_cache: bool = False) -> Run:
     on_cpu = str((user | environment_keys(schema)).get("hardware", base["hardware"])) == "cpu"
     # The first touch of devices: where libtpu is installed, it tells at length that there is no TPU.
     with upstream.quietly() if on_cpu else contextlib.nullcontext():
-        student = resolved("", merged, folder, arguments, schema, **stored)
+        student = resolved("", files, folder, arguments, schema, **stored)
     check_run(student)
     # Below one row a device MaxText reads a row for each and evaluates on a part of them.
     rows = student.global_batch_size_to_load_eval
@@ -89,10 +98,10 @@ def initialize(argv: list[str], *, writes_cache: bool = False) -> Run:
 
 
 def resolved(
-    who: str, base: omegaconf.DictConfig, folder: str, arguments: list[str], schema: type, **overrides: Any
+    who: str, files: omegaconf.DictConfig, folder: str, arguments: list[str], schema: type, **overrides: Any
 ) -> Any:
     try:
-        config = upstream.resolve_config(base, folder, arguments, schema, **overrides)
+        config = upstream.resolve_config(plain_defaults(), files, folder, arguments, schema, **overrides)
     except pydantic.ValidationError as error:
         raise ConfigError(who + describe(error)) from None
     except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:

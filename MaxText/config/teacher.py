@@ -4,8 +4,9 @@ import os
 import pathlib
 from typing import Any
 
+import omegaconf
+
 from MaxText import upstream
-from MaxText.config.files import defaults
 from MaxText.config.keys import ConfigError, KDKeys, config_class
 from MaxText.config.presets import preset_folder, preset_keys
 from MaxText.config.resolve import Run, resolved
@@ -43,7 +44,8 @@ def resolve_teacher(run: Run, scan_layers: bool | None) -> Any:
     schema = config_class()
     name = run.kd.kd_teacher_model_name
     folder = pathlib.Path(run.user["config_folder"])
-    user = {key: value for key, value in run.user.items() if key in upstream.known_keys(schema)}
+    known = upstream.known_keys(schema)
+    user = {key: value for key, value in run.user.items() if key in known}
     if not name:  # the student's preset wins over its yml; what it set is the teacher's as well
         by_preset = preset_keys(run.student.model_name, folder) & set(user)
         user |= {key: getattr(run.student._pydantic_config, key) for key in by_preset}
@@ -63,12 +65,11 @@ def resolve_teacher(run: Run, scan_layers: bool | None) -> Any:
     settings = user | fixed | dict(run.kd.kd_teacher_overrides)
     if run.kd.kd_vocab_size:  # its tables are cut or filled up to the student's when they are restored
         settings["vocab_size"] = run.student.vocab_size
-    base = defaults().copy()
     preset = preset_folder("kd_teacher_model_name", str(settings.get("model_name", "default")), folder)
     # The student's M_<KEY> variables are already in what the teacher shares; they must not reshape the teacher.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("M_")}
     with upstream.mock.patch.dict(os.environ, kept, clear=True):
-        teacher = resolved("the teacher's settings: ", base, preset, [], schema, **settings)
+        teacher = resolved("the teacher's settings: ", omegaconf.DictConfig({}), preset, [], schema, **settings)
     check_fit(run, teacher)
     return teacher
 

@@ -26,14 +26,15 @@ check: $(STAMP) ## lint, format, types: before every commit
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-test-fast: $(STAMP) ## the tests that start no run, compiled as users have it
-	XLA_FLAGS= $(PYTEST) -m "not e2e and not slow"
+test-fast: $(STAMP) ## the tests that start no run
+	$(PYTEST) -m "not e2e and not slow"
 
-test: test-fast ## every test but the long matrix, JOBS at a time
-	$(PYTEST) -m "e2e and not slow"
+test: $(STAMP) ## every test but the long matrix, JOBS at a time
+	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP) ## the long matrix
+test-slow: $(STAMP) ## the long matrix, and the loss compiled as users have it
 	$(PYTEST) -m slow
+	XLA_FLAGS= $(PYTEST) -m "not slow" tests/distill
 
 bench: $(STAMP) ## measure the distillation step
 	$(PYTHON) scripts/benchmark_kd.py

@@ -6,7 +6,7 @@ that is written, signals, several devices) a run is one of its own. The engine t
 server imports it once, before any device is touched, and each such process is a fork of it, with arguments,
 environment and exit status of its own. What one process compiles the others need not: they share a cache. Unless
 XLA_FLAGS says otherwise, LLVM does not optimise: programs are small, and few run often enough to win back what that
-takes. (`make test-fast` has it optimise, as users do.)
+takes. (`make test-slow` has it optimise the loss, as users do.)
 """
 
 import atexit
@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import absl.flags
@@ -65,6 +65,12 @@ ENGINE = [
     "MaxText.models.student",
     "MaxText.models.teacher",
 ]
+
+
+def few(default: Container[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases of a law, of which those that are not default ones are in the long matrix."""
+    each = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [case if case in default else pytest.param(*values, marks=pytest.mark.slow) for case, values in each]
 
 
 class Result:

@@ -1,6 +1,7 @@
 """Student, teacher and batches in this process, for tests that look inside a step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,10 @@ from MaxText.loop import step
 from MaxText.models import heads
 from MaxText.models import student as student_lib
 from MaxText.models import teacher as teacher_lib
+
+
+def whole_loss(loss: jax.Array, aux: dict[str, Any]) -> jax.Array:
+    return loss
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,17 +44,28 @@ class Lab:
         with jax.set_mesh(self.student.mesh), logical_axis_rules(self.run.student.logical_axis_rules):
             return jax.jit(function)(*arguments)
 
-    def sums_and_gradient(self, batch: dict[str, jax.Array], of: Callable[..., Any] = lambda loss, aux: loss) -> Any:
-        """(of(loss, aux), the sums) of a training batch, and the gradient of `of` for the student's parameters."""
-        models = self.models
-        graphdef, params, rest = nnx.split(nnx.merge(models.student, self.student.state).model, nnx.Param, ...)
+    def lowered(self, function: Callable[..., Any], *arguments: Any) -> str:
+        """The program of `under`, before XLA sees it."""
+        with jax.set_mesh(self.student.mesh), logical_axis_rules(self.run.student.logical_axis_rules):
+            return jax.jit(function).lower(*arguments).as_text()
 
-        def value(params: nnx.State, teacher: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def sums_and_gradient(self, batch: dict[str, jax.Array], of: Callable[..., Any] = whole_loss) -> Any:
+        """(of(loss, aux), the sums) of a training batch, and the gradient of `of` for the student's parameters."""
+        model = nnx.merge(self.models.student, self.student.state).model
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        return self.under(self.value_and_gradient(of), params, rest, self.teacher.state, batch)
+
+    @functools.cache  # noqa: B019  one program for all batches
+    def value_and_gradient(self, of: Callable[..., Any]) -> Callable[..., Any]:
+        models = self.models
+        graphdef = nnx.graphdef(nnx.merge(models.student, self.student.state).model)
+
+        def value(params: nnx.State, rest: nnx.State, teacher: nnx.State, batch: dict[str, jax.Array]) -> Any:
             model = nnx.merge(graphdef, params, rest, copy=True)
             loss, aux = step.distillation_loss(models, model, teacher, batch, True, *models.schedules.at(0))
             return of(loss, aux), aux["sums"]
 
-        return self.under(jax.value_and_grad(value, has_aux=True), params, self.teacher.state)
+        return jax.value_and_grad(value, has_aux=True)
 
     def steps(self) -> train.Steps:
         return train.compile_steps(self.run.student, self.run.kd, self.student, self.teacher)

@@ -1,10 +1,13 @@
 """The laws of what is stored of a teacher: it is the definition's, and what was stored teaches as the teacher does."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from conftest import few
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_blockwise import assert_equal, in_four_devices
@@ -20,6 +23,11 @@ from MaxText.distill.vocabulary import Vocabulary
 N, V, SHARED = 19, 64, 50
 DRAWS = 24
 KINDS = ({"draws": DRAWS}, {"top_k": 8}, {"top_k": SHARED})
+TEMPERATURES = (1.0, 2.0)
+# Each kind at one of them.
+few_kinds = pytest.mark.parametrize(
+    ("kind", "temperature"), few(tuple(zip(KINDS, (2.0, 2.0, 1.0), strict=True)), product(KINDS, TEMPERATURES)), ids=str
+)
 
 
 def offsets(tokens=N):
@@ -37,8 +45,7 @@ def targets_of(hidden, head, tokens, *, block_size=4, **settings):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("temperature", (1.0, 2.0))
+@few_kinds
 def test_what_is_stored_is_what_the_definitions_say(kind, temperature):
     _, _, hidden, head, tokens = problem()
     # A tie at the border of the k largest, and masked tokens that hold anything.
@@ -74,8 +81,7 @@ def test_what_is_stored_is_what_the_definitions_say(kind, temperature):
     assert np.isneginf(got.log_tail[~mask]).all() and np.isneginf(got.log_probs[~mask]).all()
 
 
-@pytest.mark.parametrize("temperature", (1.0, 2.0))
-@pytest.mark.parametrize("k", (8, V))
+@pytest.mark.parametrize(("temperature", "k"), few(((1.0, V), (2.0, 8)), product(TEMPERATURES, (8, V))))
 def test_what_is_stored_of_the_k_largest_teaches_as_the_teacher(temperature, k):
     hidden, head, teacher_hidden, teacher_head, tokens = problem()
     found = targets_of(teacher_hidden, teacher_head, tokens, top_k=k, temperature=temperature)
@@ -169,8 +175,7 @@ def test_a_teacher_on_several_devices_gives_the_same():
     in_four_devices(check_sharded_targets, False)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("temperature", (1.0, 2.0))
+@few_kinds
 def test_bfloat16_logits_store_what_their_float32_values_store(kind, temperature):
     """As a teacher that computes in bfloat16 gives them: of its numbers nothing is rounded once more."""
     _, _, hidden, head, tokens = problem()

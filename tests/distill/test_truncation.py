@@ -104,7 +104,7 @@ def logits_with_ties(positions, vocabulary):
 @pytest.mark.parametrize("top_k", (1, 2, 30, 700, 1999))
 def test_the_bound_of_top_k_is_the_kept_set(top_k, way):
     _, teacher = reference.logits_of_every_scale(10, 40, 2000)
-    for logits in (teacher, logits_with_ties(40, 2000), -np.ones((1, 2000), np.float32)):
+    for logits in (teacher, logits_with_ties(40, 2000), -np.ones((40, 2000), np.float32)):
         kept = kept_by_bound(logits, 1.0, way=way, top_k=top_k)
         np.testing.assert_array_equal(kept, reference.kept_set(logits, temperature=1.0, top_k=top_k))
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from conftest import EXPERTS, SMOKE, execute
+from conftest import EXPERTS, SMOKE, execute, few
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from golden import make as golden
@@ -57,7 +57,7 @@ PRESETS = {
     "gemma3": "gemma3-4b",
 }
 DEFAULT = ("llama3",)
-FAMILIES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in PRESETS]
+FAMILIES = few(DEFAULT, PRESETS)
 VOCABULARY = golden.SMALL["vocab_size"]
 
 Record = dict[str, Any]
@@ -455,7 +455,7 @@ def test_biases_of_routers_which_are_no_parameters_are_exported_too(experts, bas
 # In words that a user types -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "llama3" else pytest.mark.slow) for n in PRESETS])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_that_begins_as_the_teacher_has_nothing_to_learn_from_it(name, train, base, capsys):
     """With the words that the conversion prints; tests/text/test_story.py types both commands."""
     source = model(name, base / f"{name}_typed_hf")

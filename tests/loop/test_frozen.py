@@ -9,7 +9,7 @@ import lab as lab_lib
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, call_apart
+from conftest import ROOT, call_apart, few
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
@@ -28,7 +28,7 @@ USES = {
 }
 
 
-@pytest.fixture(scope="module", params=USES)
+@pytest.fixture(scope="module", params=few(("norms and attention alone",), USES))
 def case(request, tmp_path_factory, teacher):
     """A laboratory, what is frozen in it, and its state after three steps."""
     mask, names, microbatches = USES[request.param]

@@ -7,6 +7,7 @@ CPU device has no slice_index).
 import numpy as np
 import pytest
 import token_rows
+from conftest import few
 from orbax.checkpoint.experimental import v1 as ocp
 
 from MaxText import upstream
@@ -43,10 +44,19 @@ LAYOUTS = {
         4,
         FSDP_OFF | {"ici_data_parallelism": 4, "gradient_accumulation_steps": 2, "per_device_batch_size": 1},
     ),
+    "fsdp, tensor and microbatches": (
+        4,
+        {
+            "ici_fsdp_parallelism": 2,
+            "ici_tensor_parallelism": 2,
+            "gradient_accumulation_steps": 2,
+            "per_device_batch_size": 1,
+        },
+    ),
     "nothing kept for the backward pass": (1, {"remat_policy": "full"}),
     "products kept for the backward pass": (1, {"remat_policy": "minimal"}),
 }
-DEFAULT = ("fsdp and tensor", "data, microbatches")
+DEFAULT = ("fsdp, tensor and microbatches",)
 STEPS = 3
 
 
@@ -77,9 +87,7 @@ def one_device(distil):
     return distil("one_device")
 
 
-@pytest.mark.parametrize(
-    "layout", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", few(DEFAULT, LAYOUTS))
 def test_a_layout_agrees_with_one_device(distil, one_device, layout):
     devices, keys = LAYOUTS[layout]
     run = distil(f"{list(LAYOUTS).index(layout)}", devices, **keys)
@@ -87,9 +95,8 @@ def test_a_layout_agrees_with_one_device(distil, one_device, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp and tensor", "data, microbatches"])
-def test_the_share_of_positions_that_is_taught_is_of_all_devices_tokens(distil, layout):
-    devices, keys = LAYOUTS[layout]
+def test_the_share_of_positions_that_is_taught_is_of_all_devices_tokens(distil):
+    devices, keys = LAYOUTS[DEFAULT[0]]
     some = {"kd_positions": 0.3, "kd_embedding_std": 3}  # begins surer of some positions than of others
     expected = distil("some_positions", **some)
     assert_same_run(distil(f"some_positions_on_{devices}", devices, **some, **keys), expected)

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+from itertools import product
 from unittest import mock
 
 import caches
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import teacher_rows
 import token_rows
-from conftest import TRAIN, execute, run_in_this_process
+from conftest import TRAIN, execute, few, run_in_this_process
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
@@ -132,16 +133,15 @@ def test_what_stored_targets_cannot_tell_is_absent(teacher, tmp_path):
     lab = lab_lib.make(tmp_path, teacher, eval_interval=3, eval_steps=1)
     batch = two_documents_a_row()
 
-    def sums(models, state, stored):
-        trained = step.train_step(models, lab.student.params_shardings, state, None, stored)[1]
-        return trained["scalar"], step.eval_step(models, state, None, stored)["scalar"]
-
     def names(temperature, **kept):
-        stored = with_targets(lab, batch, **kept)
-        return [
-            {name.rpartition("/")[2] for name in found}
-            for found in jax.eval_shape(functools.partial(sums, taught(lab, temperature)), lab.student.state, stored)
-        ]
+        models = taught(lab, temperature)
+
+        def sums(state):
+            stored = with_targets(lab, batch, **kept)
+            trained = step.train_step(models, lab.student.params_shardings, state, None, stored)[1]
+            return trained["scalar"], step.eval_step(models, state, None, stored)["scalar"]
+
+        return [{name.rpartition("/")[2] for name in each} for each in jax.eval_shape(sums, lab.student.state)]
 
     with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
         draws = names(1.0, kd_cache_mode="sample")
@@ -309,9 +309,7 @@ def likeliest(tmp_path_factory):
     return made(tmp_path_factory.mktemp("likeliest") / "cache", **TOP_8)
 
 
-@pytest.mark.parametrize("rows", [0, 9])
-@pytest.mark.parametrize("epochs", [1, 3])
-@pytest.mark.parametrize("batch", [4, 8])
+@pytest.mark.parametrize(("batch", "epochs", "rows"), few(((4, 1, 0), (8, 3, 9)), product((4, 8), (1, 3), (0, 9))))
 def test_each_row_is_read_once_an_epoch_in_an_order_of_the_seed(batch, epochs, rows, drawn):
     expected = list(range(rows or ROWS))
     orders = []
@@ -587,12 +585,9 @@ def is_key(aval):
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
 
 
-@pytest.mark.parametrize(
-    ("beside", "mode", "floats"),
-    [("not-read", {"kd_cache_draws": 50}, 2), ("", {"kd_cache_mode": "top_k", "kd_top_k": 50}, 3)],
-)
-def test_a_step_from_a_cache_holds_the_targets_and_no_teacher(beside, mode, floats):
-    keys = mode | {"use_kd": "true", "kd_cache_path": "not-read", "kd_teacher_parameters_path": beside}
-    tokens = 4 * 32
-    plain = argument_bytes(use_kd="false")
-    assert argument_bytes(**keys) - plain == tokens * (50 * (4 + 4) + floats * 4)
+def test_a_step_from_a_cache_holds_the_targets_and_no_teacher():
+    tokens, plain = 4 * 32, argument_bytes(use_kd="false")
+    draws, largest = {"kd_cache_draws": 50}, {"kd_cache_mode": "top_k", "kd_top_k": 50}
+    for beside, mode, floats in (("not-read", draws, 2), ("", largest, 3)):
+        keys = mode | {"use_kd": "true", "kd_cache_path": "not-read", "kd_teacher_parameters_path": beside}
+        assert argument_bytes(**keys) - plain == tokens * (50 * (4 + 4) + floats * 4)

@@ -102,9 +102,11 @@ def test_the_gradient_is_that_of_the_blend_over_valid_positions(lab):
 def test_a_student_equal_to_its_teacher_has_the_kd_that_its_strategy_defines(tmp_path, teacher):
     same = lab_lib.make(tmp_path, teacher, load_parameters_path=f"{teacher}/5/items")
     batch, temperature = lab_lib.padded_batch(), 2.0
-    model = nnx.merge(same.models.teacher, same.teacher.state, copy=True)
-    with jax.set_mesh(same.student.mesh), logical_axis_rules(same.run.student.logical_axis_rules):
-        logits = np.asarray(logits_of(model, same.models.teacher_config, batch), np.float64)
+
+    def dense(teacher):
+        return logits_of(nnx.merge(same.models.teacher, teacher, copy=True), same.models.teacher_config, batch)
+
+    logits = np.asarray(same.under(dense, same.teacher.state), np.float64)
     p = np.exp(logits / temperature)
     kept = np.sort(p / p.sum(-1, keepdims=True), axis=-1)[..., -8:].sum(-1)
     valid = np.asarray(batch["targets_segmentation"]) != 0
@@ -118,8 +120,6 @@ def test_a_student_equal_to_its_teacher_has_the_kd_that_its_strategy_defines(tmp
         metrics = metrics_of(same, batch, **settings)
         assert float(metrics["learning/kd_loss"]) == pytest.approx(kd, abs=1e-5)
         assert float(metrics["learning/kd_kept_mass"]) == pytest.approx(kept[valid].mean(), rel=1e-5)
-    metrics = metrics_of(same, batch, kd_temperature=temperature)  # the whole vocabulary
-    assert float(metrics["learning/kd_loss"]) == pytest.approx(0, abs=1e-5)
 
 
 DIVERGENCES = ("jsd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reverse_kl", "skew_kl", "tvd")))
@@ -163,16 +163,10 @@ def test_no_gradient_reaches_the_teacher_whatever_the_loss_makes_of_it(lab, monk
     batch, models = lab_lib.padded_batch(), lab.models
     params, rest = lab.teacher.state.split(nnx.Param, ...)
 
-    def gradient():
-        def loss(params):
-            model = nnx.merge(models.student, lab.student.state).model
-            merged = nnx.State.merge(params, rest)
-            return step.distillation_loss(models, model, merged, batch, True, *models.schedules.at(0))[0]
-
-        with jax.set_mesh(lab.student.mesh), logical_axis_rules(models.config.logical_axis_rules):
-            return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
-
-    assert all(not np.any(np.asarray(leaf)) for leaf in gradient())
+    def loss(params):
+        model = nnx.merge(models.student, lab.student.state).model
+        merged = nnx.State.merge(params, rest)
+        return step.distillation_loss(models, model, merged, batch, True, *models.schedules.at(0))[0]
 
     blockwise = step.heads.kd_objective
 
@@ -181,7 +175,8 @@ def test_no_gradient_reaches_the_teacher_whatever_the_loss_makes_of_it(lab, monk
         return objective + jnp.sum(teacher.hidden) + sum(map(jnp.sum, jax.tree.leaves(teacher.head.arrays))), sums
 
     monkeypatch.setattr(step.heads, "kd_objective", with_a_term_of_the_teacher)
-    assert all(not np.any(np.asarray(leaf)) for leaf in gradient())
+    gradient = jax.tree.leaves(lab.under(jax.grad(loss), params))
+    assert gradient and all(not np.any(np.asarray(leaf)) for leaf in gradient)
 
 
 def test_training_leaves_the_teacher_unchanged_and_compiles_nothing_more(lab, steps):

@@ -18,7 +18,7 @@ import jax
 import lab as lab_lib
 import numpy as np
 import pytest
-from conftest import ROOT, SMOKE
+from conftest import ROOT, SMOKE, few
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 
@@ -109,7 +109,7 @@ FAMILIES = {
         EXPERTS | {"num_experts_per_tok": 1, "chunk_attn_window_size": 8, "base_num_decoder_layers": 4},
     ),
 }
-DEFAULT = ("Gemma 2", "Qwen 3 MoE")  # that of Llama is the smoke run's
+DEFAULT = ("Gemma 2",)  # that of Llama is the smoke run's
 
 # Families that are refused as students -> preset, and the setting of it that the error names.
 REASONS = {
@@ -197,9 +197,7 @@ def variables(model: nnx.Module) -> Variables:
     return {kind: nnx.traversals.unflatten_mapping(arrays) for kind, arrays in found.items()}
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in FAMILIES]
-)
+@pytest.fixture(scope="module", params=few(DEFAULT, FAMILIES))
 def specimen(request, tmp_path_factory):
     return Specimen(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lab as lab_lib
 import numpy as np
 import pytest
-from conftest import SMOKE
+from conftest import SMOKE, few
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from test_families import FAMILIES, SHRUNK
@@ -61,9 +61,7 @@ def first_cross_entropy(config: Any, student: student_lib.Student) -> float:
         return float(jax.jit(forward)(student.state))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", few(DEFAULT, FAMILIES))
 def test_a_fresh_student_of_every_family_begins_within_a_nat_of_guessing(name, tmp_path):
     family = FAMILIES[name]
     keys = SHRUNK | {"base_emb_dim": WIDTH, "vocab_size": VOCABULARY} | family.keys

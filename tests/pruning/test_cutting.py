@@ -8,7 +8,7 @@ from typing import Any
 import cuts
 import numpy as np
 import pytest
-from conftest import execute
+from conftest import execute, few
 
 from MaxText.checkpoints import reading, stacked_arrays, writing
 from MaxText.config.keys import ConfigError
@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "qwen3-30b-a3b": (cuts.EXPERTS, (1,)),
 }
 DEFAULT = ("tiny-qwen3",)
-EACH = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in FAMILIES]
+EACH = few(DEFAULT, FAMILIES)
 OF_EXPERTS = ("mixtral-8x7b", "qwen3-30b-a3b")
 
 
@@ -61,7 +61,7 @@ def teacher(base):
 # What is left is the teacher's ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["first", "uniform", "importance"])
+@pytest.mark.parametrize("by", few(("importance",), ("first", "uniform", "importance")))
 def test_a_student_of_the_teachers_own_sizes_is_the_teacher_bit_for_bit(by, teacher, settings, tmp_path):
     cuts.cut(teacher, tmp_path / "out", "--layers", "4", "--by", by, *(settings if by == "importance" else []))
     cuts.assert_equal(cuts.arrays(tmp_path / "out"), cuts.arrays(teacher))

@@ -34,7 +34,7 @@ test: $(STAMP) ## every test but the long matrix, JOBS at a time
 
 test-slow: $(STAMP) ## the long matrix, and the loss compiled as users have it
 	$(PYTEST) -m slow
-	XLA_FLAGS= $(PYTEST) -m "not slow" tests/distill
+	XLA_FLAGS= $(PYTEST) -m "not slow" tests/distill/test_blockwise.py
 
 bench: $(STAMP) ## measure the distillation step
 	$(PYTHON) scripts/benchmark_kd.py

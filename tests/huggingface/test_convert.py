@@ -455,7 +455,11 @@ def test_biases_of_routers_which_are_no_parameters_are_exported_too(experts, bas
 # In words that a user types -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each kind of positions, of heads and of experts.
+TYPED = (*DEFAULT, "llama3.1", "qwen3", "gemma3", "qwen3_moe", "deepseek3")
+
+
+@pytest.mark.parametrize("name", few(DEFAULT, TYPED))
 def test_a_student_that_begins_as_the_teacher_has_nothing_to_learn_from_it(name, train, base, capsys):
     """With the words that the conversion prints; tests/text/test_story.py types both commands."""
     source = model(name, base / f"{name}_typed_hf")

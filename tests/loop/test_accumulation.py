@@ -98,9 +98,7 @@ def assert_same_step(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("microbatches", "divergence"), [(4, "forward_kl"), (2, "forward_kl"), (4, "reverse_kl"), (4, "jsd")]
-)
+@pytest.mark.parametrize(("microbatches", "divergence"), [(4, "forward_kl"), (2, "jsd")])
 def test_a_step_does_not_depend_on_the_number_of_microbatches(make, microbatches, divergence):
     batch, keys = lab_lib.padded_batch(rows=8), {"z_loss_multiplier": 1e-2, "kd_divergence": divergence}
     whole, parts = update(make(**keys), batch), update(make(microbatches, **keys), batch)

@@ -283,7 +283,7 @@ def test_where_a_pipeline_cannot_go_on_in_its_middle_rows_are_read_again_and_ski
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", random.Random(0).sample(range(1, MOMENTS + 1), 20))
+@pytest.mark.parametrize("at", random.Random(0).sample(range(1, MOMENTS + 1), 8))
 def test_it_may_be_killed_at_any_moment(at, cache, keys, killed, tmp_path):
     folder = tmp_path / "cache"
     killed(folder, keys, at)

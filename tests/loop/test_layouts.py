@@ -31,32 +31,25 @@ LAYOUTS = {
         FSDP_OFF | {"ici_data_parallelism": 4, "shard_optimizer_over_data": "true"},
     ),
     "fsdp": (4, {}),
-    "fsdp of 8": (8, {}),
-    "fsdp and tensor": (4, {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}),
     "context, balanced": (4, {"ici_context_parallelism": 2}),
     "context, as it comes": (4, {"ici_context_parallelism": 2, "context_parallel_load_balance": "false"}),
     "tensor": (2, FSDP_OFF | {"ici_tensor_parallelism": 2}),
     "tensor along the sequence": (4, {"ici_tensor_sequence_parallelism": 2}),
     "fsdp, transposed": (4, {"ici_fsdp_transpose_parallelism": 2}),
     "data, fsdp and tensor": (8, {"ici_data_parallelism": 2, "ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}),
-    "microbatches": (1, {"gradient_accumulation_steps": 4, "per_device_batch_size": 2}),
     "data, microbatches": (
         4,
         FSDP_OFF | {"ici_data_parallelism": 4, "gradient_accumulation_steps": 2, "per_device_batch_size": 1},
     ),
-    "fsdp, tensor and microbatches": (
+    "fsdp, tensor, microbatches": (
         4,
-        {
-            "ici_fsdp_parallelism": 2,
-            "ici_tensor_parallelism": 2,
-            "gradient_accumulation_steps": 2,
-            "per_device_batch_size": 1,
-        },
+        {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}
+        | {"gradient_accumulation_steps": 2, "per_device_batch_size": 1},
     ),
     "nothing kept for the backward pass": (1, {"remat_policy": "full"}),
     "products kept for the backward pass": (1, {"remat_policy": "minimal"}),
 }
-DEFAULT = ("fsdp, tensor and microbatches",)
+DEFAULT = ("fsdp, tensor, microbatches",)
 STEPS = 3
 
 

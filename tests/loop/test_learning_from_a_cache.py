@@ -252,18 +252,18 @@ runpy.run_path("MaxText/train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_losses_of_a_run_that_was_not(whole, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_losses_of_a_run_that_was_not(whole, tmp_path):
     random = np.random.default_rng(0)
-    keys = whole | {"checkpoint_period": 2, "steps": 120, "num_epoch": 50, "learning_rate_schedule_steps": 120}
+    keys = whole | {"checkpoint_period": 2, "steps": 60, "num_epoch": 25, "learning_rate_schedule_steps": 60}
     keys |= {"eval_interval": -1}
     uninterrupted = learn(tmp_path / "whole", keys)
-    for kill in range(20):
+    for kill in range(8):
         script = tmp_path / f"killed{kill}.py"
         script.write_text(KILLED.format(at=random.integers(1, 8)))
         result = execute([str(script)], caches.arguments(keys, tmp_path / "killed"), tmp_path)
         assert result.status == -9, result.output
     resumed = learn(tmp_path / "killed", keys)
-    assert [row["step"] for row in resumed.rows()] == list(range(120))
+    assert [row["step"] for row in resumed.rows()] == list(range(60))
     assert resumed.column("learning/loss") == uninterrupted.column("learning/loss")
 
 

@@ -305,7 +305,7 @@ def test_it_may_be_killed_at_any_moment(whole, kd, tmp_path):
     moments = random.Random(0)
     keys = kd | {"checkpoint_period": 5}
     folder, began, kills = tmp_path / "run", 0, 0
-    while kills < 20:
+    while kills < 8:
         # Of the start-up, or of the steps: far enough on average to come to the next checkpoint.
         step, seconds = began + moments.choice([-1, 2, 5, 7, 9]), moments.uniform(0, 0.05)
         if step >= STEPS - 5:

@@ -122,10 +122,7 @@ def test_a_student_equal_to_its_teacher_has_the_kd_that_its_strategy_defines(tmp
         assert float(metrics["learning/kd_kept_mass"]) == pytest.approx(kept[valid].mean(), rel=1e-5)
 
 
-DIVERGENCES = ("jsd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reverse_kl", "skew_kl", "tvd")))
-
-
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", ("jsd", pytest.param("skew_kl", marks=pytest.mark.slow)))
 def test_each_divergence_is_that_of_the_dense_logits(lab, name):
     batch, settings = lab_lib.padded_batch(), {"top_k": 8, "truncation_strategy": "other_bucket"}
     models, term = lab.models, term_named(name, jsd_beta=0.1, skew=0.2)
@@ -223,16 +220,15 @@ def test_the_teacher_runs_without_dropout(tmp_path, teacher, lab):
     assert float(metrics["learning/ce_loss"]) != float(calm["learning/ce_loss"])
 
 
-@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_microbatches_add_up_to_the_whole_batch(tmp_path, teacher, lab, microbatches):
+def test_microbatches_add_up_to_the_whole_batch(tmp_path, teacher, lab):
     accumulating = lab_lib.make(
         tmp_path,
         teacher,
         kd_alpha=0.7,
         kd_temperature=2,
         gradient_clipping_threshold=0,
-        gradient_accumulation_steps=microbatches,
-        per_device_batch_size=4 // microbatches,
+        gradient_accumulation_steps=2,
+        per_device_batch_size=2,
     )
     batch = lab_lib.padded_batch()
     whole, summed = loss_and_gradient(lab, batch), loss_and_gradient(accumulating, batch)

@@ -3,6 +3,7 @@
 The expected tokens are those of a plain reading, made without a template: a role, the letters, a mark.
 """
 
+import itertools
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import transformers
 from chats import LENGTH, SAID, TEMPLATE, messages_of, plain, save_chat_tokenizer, write_chats
-from conftest import SMOKE
+from conftest import SMOKE, few
 from reading import rows_of, with_keys
 
 from MaxText import upstream
@@ -107,9 +108,10 @@ def expected(saids: list[list[tuple[str, str]]], completions: bool = True) -> li
     return sorted(found)
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("pipeline", ["grain parquet", "hf parquet", "hf json"])
-@pytest.mark.parametrize("marks", MARKS)
+WAYS = [*itertools.product(["grain parquet", "hf json", "hf parquet"], MARKS, [False, True])]
+
+
+@pytest.mark.parametrize(("pipeline", "marks", "packing"), few(WAYS[:13], WAYS))
 def test_targets_are_the_answers_and_that_they_end_whatever_the_marks_are(
     marks, pipeline, packing, config_of, folder
 ) -> None:

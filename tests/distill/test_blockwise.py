@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import few
+from conftest import environment, few
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -466,38 +466,33 @@ def sharded(mesh, token_axes, vocab_axes, pooled_axes=(), **settings):
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
 
 
-def truncated_over(layouts, first, every):
-    """(settings, layouts) for each truncation: one of the layouts, whose number is in `first`, or every one."""
+def truncated_over(layouts, numbers):
+    """(settings, layout) for each truncation: one of the layouts, whose number is given."""
     strategies = (*TRUNCATION_STRATEGIES, "renormalize")
-    for keep, strategy, number in zip(TRUNCATIONS, strategies, first, strict=True):
-        settings = {"truncation_strategy": strategy, "evaluation": True, **keep}
-        yield settings, layouts if every else layouts[number : number + 1]
+    for keep, strategy, number in zip(TRUNCATIONS, strategies, numbers, strict=True):
+        yield {"truncation_strategy": strategy, "evaluation": True, **keep}, layouts[number]
 
 
-def check_sharded_losses(every):
+def check_sharded_losses():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     *arrays, targets, mask = problem(tokens=40)
     arguments = (*arrays, targets % SHARED, mask, *WEIGHTS)
     layouts = ((("data",), ("tensor",)), (("data", "tensor"), ()), ((), ("data", "tensor")))
-    for settings, chosen in truncated_over(layouts, (0, 2, 0, 1), every):
+    for settings, (token_axes, vocab_axes) in truncated_over(layouts, (0, 2, 0, 1)):
         settings["shared_vocabulary"] = SHARED
-        expected = gradients_of(plain(**settings))(*arguments)
-        for token_axes, vocab_axes in chosen:
-            loss = gradients_of(sharded(mesh, token_axes, vocab_axes, block_size=8, **settings))
-            program = loss.lower(*arguments).compile()
-            assert_equal(program(*arguments), expected)
-            computations = program.as_text().split("\n\n")
-            inside = "".join(text for text in computations if not text.lstrip().startswith("ENTRY"))
-            moved = re.findall(r"= (.*) all-(?:reduce|gather)(?:-start)?\(", inside)
-            # Neither a head nor hidden states nor logits: those would have a dimension of one of these sizes.
-            sizes = {
-                int(size) for shape in re.findall(r"\w\d+\[([\d,]+)\]", "".join(moved)) for size in shape.split(",")
-            }
-            assert not sizes & {D, V, V // 2, V // 4}
-            assert bool(moved) == bool(vocab_axes)
+        loss = gradients_of(sharded(mesh, token_axes, vocab_axes, block_size=8, **settings))
+        program = loss.lower(*arguments).compile()
+        assert_equal(program(*arguments), gradients_of(plain(**settings))(*arguments))
+        computations = program.as_text().split("\n\n")
+        inside = "".join(text for text in computations if not text.lstrip().startswith("ENTRY"))
+        moved = re.findall(r"= (.*) all-(?:reduce|gather)(?:-start)?\(", inside)
+        # Neither a head nor hidden states nor logits: those would have a dimension of one of these sizes.
+        sizes = {int(size) for shape in re.findall(r"\w\d+\[([\d,]+)\]", "".join(moved)) for size in shape.split(",")}
+        assert not sizes & {D, V, V // 2, V // 4}
+        assert bool(moved) == bool(vocab_axes)
 
 
-def check_pooled_losses(every):
+def check_pooled_losses():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     student_hidden, student_head, teacher_hidden, teacher_head, targets, mask = problem(tokens=40)
     # Devices without a valid token take part in the others' blocks; what their tokens hold is not read.
@@ -509,23 +504,20 @@ def check_pooled_losses(every):
         (("data", "tensor"), ("tensor",), ("tensor",)),
         (("data", "tensor"), ("data", "tensor"), ("data", "tensor")),
     )
-    for settings, chosen in truncated_over(layouts, (0, 1, 2, 0), every):
-        expected = gradients_of(blockwise(block_size=8, **settings))(*arguments)
-        for token_axes, vocab_axes, pooled_axes in chosen:
-            loss = gradients_of(sharded(mesh, token_axes, vocab_axes, pooled_axes, block_size=3, **settings))
-            assert_equal(loss(*arguments), expected)
+    for settings, layout in truncated_over(layouts, (0, 1, 2, 0)):
+        loss = gradients_of(sharded(mesh, *layout, block_size=3, **settings))
+        assert_equal(loss(*arguments), gradients_of(blockwise(block_size=8, **settings))(*arguments))
 
 
-def in_four_devices(check, every):
+def in_four_devices(check):
     module = check.__module__
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", f"import {module}; {module}.{check.__name__}({every})"]
-    process = subprocess.run(command, env=os.environ | flags | paths, capture_output=True, text=True)
+    command = [sys.executable, "-c", f"import {module}; {module}.{check.__name__}()"]
+    process = subprocess.run(command, env=os.environ | environment(devices=4) | paths, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
 
 
-def check_sharded_counting(_):
+def check_sharded_counting():
     """What accelerators do, of a vocabulary that is sharded: `platform_dependent` chooses another way on this one."""
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
     _, teacher = reference.logits_of_every_scale(3, 40, 2000)
@@ -543,20 +535,15 @@ def check_sharded_counting(_):
 
 
 def test_a_bound_that_is_counted_over_shards_is_that_of_the_whole_vocabulary():
-    in_four_devices(check_sharded_counting, False)
+    in_four_devices(check_sharded_counting)
 
 
-every_layout = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop():
+    in_four_devices(check_sharded_losses)
 
 
-@every_layout
-def test_sharded_tokens_and_vocabulary_give_the_same_without_moving_heads_in_the_loop(every):
-    in_four_devices(check_sharded_losses, every)
-
-
-@every_layout
-def test_blocks_gathered_over_the_axis_that_shards_the_vocabulary_give_the_same(every):
-    in_four_devices(check_pooled_losses, every)
+def test_blocks_gathered_over_the_axis_that_shards_the_vocabulary_give_the_same():
+    in_four_devices(check_pooled_losses)
 
 
 def test_a_vocabulary_axis_that_shards_no_head_is_an_error():

@@ -54,7 +54,7 @@ def test_tokens_without_mass_and_masked_positions_are_not_read():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def check_shards(_):
+def check_shards():
     hidden, head, mask = inputs()
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     hidden, mask = hidden[:48], mask.at[:12].set(False)[:48]
@@ -73,7 +73,7 @@ def check_shards(_):
 
 @pytest.mark.slow
 def test_on_shards_of_the_vocabulary_they_are_the_same():
-    in_four_devices(check_shards, False)
+    in_four_devices(check_shards)
 
 
 def test_no_gradient_flows_through_them_and_a_block_has_a_token():

@@ -120,7 +120,7 @@ def test_no_array_is_as_long_as_draws_times_vocabulary():
     assert " sort(" not in program.as_text()
 
 
-def check_sharded_draws(_):
+def check_sharded_draws():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     logits = jnp.concatenate([peaked_logits(40), jnp.full((40, 1000), -jnp.inf), peaked_logits(40)], axis=-1)
     logits = logits.at[:5, :1500].set(-jnp.inf)  # of whole shards nothing has mass
@@ -140,4 +140,4 @@ def check_sharded_draws(_):
 
 
 def test_draws_from_a_sharded_vocabulary_are_those_from_the_whole_one():
-    in_four_devices(check_sharded_draws, False)
+    in_four_devices(check_sharded_draws)

@@ -142,7 +142,7 @@ def test_draws_want_an_offset_per_token_and_the_largest_want_none():
             teacher_targets(Projection(hidden, head, project), *tokens[::-1], given, block_size=4, **kind)
 
 
-def check_sharded_targets(_):
+def check_sharded_targets():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     _, _, hidden, head, tokens = problem(tokens=40)
     tokens = tokens._replace(mask=tokens.mask.at[:20].set(False))
@@ -172,7 +172,7 @@ def check_sharded_targets(_):
 
 @pytest.mark.slow
 def test_a_teacher_on_several_devices_gives_the_same():
-    in_four_devices(check_sharded_targets, False)
+    in_four_devices(check_sharded_targets)
 
 
 @few_kinds

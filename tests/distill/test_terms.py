@@ -280,7 +280,7 @@ def test_of_the_k_largest_that_are_stored_each_teaches_as_with_the_live_teacher(
         assert sums.kl_t1_sum is None and sums.reverse_kl_t1_sum is None and sums.jsd_t1_sum is None
 
 
-def check_sharded_terms(_):
+def check_sharded_terms():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     *arrays, targets, mask = test_blockwise.problem(tokens=40)
     arguments = (*arrays, targets % SHARED, mask, *WEIGHTS)
@@ -294,7 +294,7 @@ def check_sharded_terms(_):
 
 
 def test_sharded_tokens_and_vocabularies_give_the_same():
-    in_four_devices(check_sharded_terms, False)
+    in_four_devices(check_sharded_terms)
 
 
 @few_names

@@ -133,15 +133,16 @@ def test_what_stored_targets_cannot_tell_is_absent(teacher, tmp_path):
     lab = lab_lib.make(tmp_path, teacher, eval_interval=3, eval_steps=1)
     batch = two_documents_a_row()
 
+    def sums(models, state, stored):
+        trained = step.train_step(models, lab.student.params_shardings, state, None, stored)[1]
+        return trained["scalar"], step.eval_step(models, state, None, stored)["scalar"]
+
     def names(temperature, **kept):
-        models = taught(lab, temperature)
-
-        def sums(state):
-            stored = with_targets(lab, batch, **kept)
-            trained = step.train_step(models, lab.student.params_shardings, state, None, stored)[1]
-            return trained["scalar"], step.eval_step(models, state, None, stored)["scalar"]
-
-        return [{name.rpartition("/")[2] for name in each} for each in jax.eval_shape(sums, lab.student.state)]
+        stored = with_targets(lab, batch, **kept)
+        return [
+            {name.rpartition("/")[2] for name in found}
+            for found in jax.eval_shape(functools.partial(sums, taught(lab, temperature)), lab.student.state, stored)
+        ]
 
     with jax.set_mesh(lab.student.mesh), logical_axis_rules(lab.run.student.logical_axis_rules):
         draws = names(1.0, kd_cache_mode="sample")

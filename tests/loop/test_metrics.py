@@ -249,7 +249,7 @@ def test_what_is_logged_stands_in_one_table_with_its_unit(train, teacher, expert
         always = {name for name, where in names.items() if not where and name.startswith("eval") == kind}
         assert always <= logged, "docs/metrics.md has them everywhere"
     found = {name for row in (*run.rows(), *run.rows("evaluation/"), *plain.rows()) for name in row}
-    conditional = {"a teacher in the step", "a teacher", "not while the batch ramps up", "`kd_mtp_alpha` > 0"}
+    conditional = {"a teacher or its cache", "a teacher", "not while the batch ramps up", "`kd_mtp_alpha` > 0"}
     assert {name for name, where in names.items() if where in conditional} <= found
     assert "perf/per_device_recomputed_tflops" in plain.rows()[0]
 

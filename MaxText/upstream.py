@@ -209,6 +209,18 @@ def silence() -> Iterator[None]:
         sys.stderr.flush()
 
 
+def ignore_closed_loops() -> None:
+    """Of a restore that failed, Orbax's readers may yet call back into an event loop that it has closed. What Python
+    would print of that, a traceback in the middle of the message, says nothing."""
+    print_others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_others(unraisable)
+
+    sys.unraisablehook = hook
+
+
 # Rotary positions -----------------------------------------------------------------------------------------------------
 
 

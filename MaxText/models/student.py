@@ -112,6 +112,7 @@ def refusals_as_config_errors(config: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, NotImplementedError) as error:
+        upstream.ignore_closed_loops()
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         passed = (frame.f_globals.get("__name__", "") for frame in frames)
         about = fault = ""

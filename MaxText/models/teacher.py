@@ -113,6 +113,7 @@ def unreadable_as_config_error(message: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
+        upstream.ignore_closed_loops()
         raise ConfigError(f"{message} ({first_line(error)})") from error
 
 
@@ -176,7 +177,7 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
         name = "items" if (checkpoint.root / "items").exists() else None
         key = f"kd_teacher_parameters_path={str(checkpoint.root)!r}"
         # A reader's threads complain by themselves of what the error says.
-        with unreadable_as_config_error(f"{key}: cannot be restored"), upstream.quietly():
+        with upstream.quietly(), unreadable_as_config_error(f"{key}: cannot be restored"):
             tree = ocp.load(checkpoint.root, nnx.traversals.unflatten_mapping(requests), checkpointable_name=name)
     restored = nnx.traversals.flatten_mapping(tree)
     for path, leaf in wanted.items():

@@ -1,16 +1,20 @@
 """Laws of the teacher's checkpoint: what is found, what is restored, and that all of it is."""
 
 import shutil
+import sys
+import types
 
 import jax
 import lab as lab_lib
 import numpy as np
 import pytest
+import uvloop
 from conftest import EXPERTS
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint.experimental import v1 as ocp
 
+from MaxText.config.keys import ConfigError
 from MaxText.models import teacher as teacher_lib
 
 pytestmark = pytest.mark.e2e
@@ -27,6 +31,20 @@ def test_a_checkpoints_folder_means_its_newest_step(teacher, tmp_path):
     assert teacher_lib.find_checkpoint(str(tmp_path / "run")).step == 12
     assert teacher_lib.find_checkpoint(f"{tmp_path}/run/5/items").step == 5
     assert teacher_lib.find_checkpoint(f"{tmp_path}/run/5").step == 5
+
+
+def test_of_the_readers_of_a_failed_restore_only_other_errors_are_heard(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    with pytest.raises(ConfigError), teacher_lib.unreadable_as_config_error("cannot be restored"):
+        raise OSError("cut off")
+    loop = uvloop.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError) as late:
+        loop.call_soon_threadsafe(print)
+    for error in (late.value, RuntimeError("another")):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert heard == ["another"]
 
 
 def test_the_restored_teacher_is_the_trained_one_bit_for_bit(lab, teacher):

@@ -42,6 +42,14 @@ def test_the_defaults_are_those_of_the_table_in_the_readme():
         assert f"| `{key}` | `{default}` |" in readme
 
 
+def test_a_file_may_name_settings_that_nobody_has_set(tmp_path):
+    (tmp_path / "mine.yml").write_text(f"base_config: {SMOKE}\ndata_shuffle_seed: ${{sliding_window_size}}7\n")
+    default = yaml.safe_load(pathlib.Path(upstream.base_yml()).read_text())["sliding_window_size"]
+    run = resolve.initialize(["train.py", str(tmp_path / "mine.yml"), "run_name=test", *KD])
+    assert run.student.data_shuffle_seed == int(f"{default}7")
+    assert resolve_teacher(run, None).data_shuffle_seed == int(f"{default}7")
+
+
 def test_the_command_line_wins_over_the_users_file_and_that_over_the_base(tmp_path):
     (tmp_path / "mine.yml").write_text("base_config: middle.yml\nkd_alpha: 0.25\n")
     (tmp_path / "middle.yml").write_text("base_config: base.yml\nkd_alpha: 0.1\nkd_temperature: 3.0\nrun_name: x\n")

@@ -53,6 +53,7 @@ class Contents(Part):
     row_length: int
     seed: int  # of the draws
     data: dict[str, Any]  # the settings and files that the rows are made of, as JSON has them
+    computed_with: dict[str, Any] = {}  # the teacher's preset and overrides, which its parameters do not tell
 
     @property
     def slots(self) -> int:
@@ -165,7 +166,8 @@ def described(teacher: Teacher) -> str:
 
 
 def flat(contents: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in contents.items() if name != "data"} | contents["data"]
+    grouped = contents["data"] | contents["computed_with"]
+    return {name: value for name, value in contents.items() if name not in ("data", "computed_with")} | grouped
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ def plain_defaults() -> dict[str, Any]:
     return found
 
 
-def named(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dict[str, Any]:
-    """The keys of `base` that interpolations of the user's may name."""
+def keys_named_by(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dict[str, Any]:
+    """Those keys of `base` that an interpolation of the user's may name, and some besides."""
     text = omegaconf.OmegaConf.to_yaml(user)
     words = set(re.findall(r"\w+", text)) if "${" in text else ()
     return {str(key): base[key] for key in base if key in words}
@@ -85,7 +85,7 @@ def merged_flag(base: omegaconf.DictConfig, user: dict[str, Any], key: str) -> b
 def resolved_keys(base: omegaconf.DictConfig, user: omegaconf.DictConfig) -> dict[str, Any]:
     """The user's keys with their interpolations, which may name keys of `base`, filled in."""
     try:
-        everything = omegaconf.OmegaConf.merge(named(base, user), user)
+        everything = omegaconf.OmegaConf.merge(keys_named_by(base, user), user)
         found: Any = omegaconf.OmegaConf.to_container(everything, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from None

@@ -87,7 +87,7 @@ class KDKeys(pydantic.BaseModel):
 
     @pydantic.field_validator("kd_cache_path")
     @classmethod
-    def _home_is_no_folder_of_that_name(cls, value: str) -> str:
+    def _with_the_home_folder(cls, value: str) -> str:
         """In a yml file no shell has looked at a ~."""
         return os.path.expanduser(value)
 

@@ -19,9 +19,9 @@ from MaxText.config.data import cached_data
 from MaxText.config.files import (
     CONFIGS,
     absolute,
+    keys_named_by,
     load_layers,
     merged_flag,
-    named,
     plain_defaults,
     resolved_keys,
 )
@@ -65,7 +65,7 @@ def initialize(argv: list[str], *, writes_cache: bool = False) -> Run:
     command_line = omegaconf.OmegaConf.from_cli(arguments)
     given_keys = omegaconf.OmegaConf.merge(user_files, command_line)
     user = resolved_keys(base, given_keys)
-    files = omegaconf.OmegaConf.merge(named(base, given_keys), user_files)
+    files = omegaconf.OmegaConf.merge(keys_named_by(base, given_keys), user_files)
     schema = config_class()
     check_keys(user, schema)
     given = check_kd(user | environment_keys(KDKeys), writes_cache=writes_cache)

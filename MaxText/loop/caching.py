@@ -52,9 +52,6 @@ def contents_of(config: Any, kd: Distillation, teacher: Teacher) -> manifest.Con
     settings = {key: getattr(config, key) for key in OF_DATA}
     data = {key: getattr(value, "value", value) for key, value in settings.items()}
     data["chat_template"] = templates.identity(config)
-    # The same parameters are another teacher where they are computed with otherwise: its fingerprint does not tell.
-    data |= {"kd_teacher_model_name": kd.kd_teacher_model_name or config.model_name}
-    data |= {"kd_teacher_overrides": dict(sorted(kd.kd_teacher_overrides.items()))}
     return manifest.Contents(
         teacher=manifest.Teacher(**run_manifest.identity(teacher)),
         tokenizer=tokens.identity(config),
@@ -68,6 +65,10 @@ def contents_of(config: Any, kd: Distillation, teacher: Teacher) -> manifest.Con
         row_length=config.max_target_length,
         seed=config.data_shuffle_seed,
         data=data | {"files": files.listed(config)},
+        computed_with={
+            "kd_teacher_model_name": kd.kd_teacher_model_name or config.model_name,
+            "kd_teacher_overrides": kd.kd_teacher_overrides,
+        },
     )
 
 

@@ -221,7 +221,7 @@ def cut_student(train: Any, recipe: str, folder: pathlib.Path) -> tuple[pathlib.
 @pytest.mark.e2e
 @pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed (bash setup.sh tpu)")
 def test_a_recipe_fits_as_it_says(tmp_path):
-    """Of the first one; make fit-table holds all of them to it."""
+    """Of the flagship alone: compiling one takes a minute."""
     recipe = "qwen3-4b-to-0.6b.yml"
     file = tmp_path / "metrics.jsonl"
     arguments = [f"configs/{recipe}", f"compile_topology={topology(recipe)}", f"metrics_file={file}"]

@@ -426,6 +426,14 @@ def test_a_folder_that_holds_no_cache_is_named_by_its_key(tmp_path):
         cached.find(run.student, run.kd)
 
 
+def test_a_cache_that_does_not_tell_what_its_teacher_was_computed_with_is_read(likeliest, tmp_path):
+    folder = shutil.copytree(likeliest, tmp_path / "cache")
+    edited(folder, lambda found: found["contents"].pop("computed_with"))
+    line = caches.arguments(caches.students(READING, folder), tmp_path)
+    run = resolve.initialize(["train.py", *line])
+    assert cached.find(run.student, run.kd).contents.computed_with == {}
+
+
 def edited(folder, change):
     file = folder / manifest.NAME
     found = json.loads(file.read_text())

@@ -344,17 +344,23 @@ def test_what_masked_tokens_hold_is_never_read():
 
 def test_at_a_temperature_of_one_no_visit_takes_a_second_exponential():
     hidden, head, teacher_hidden, teacher_head, tokens = problem()
+    logits = teacher_hidden @ teacher_head
 
-    def exponentials(strategy, temperature):
-        stored = stored_top_k(teacher_hidden @ teacher_head, tokens.targets, k=K, temperature=temperature)
-        program = str(jax.make_jaxpr(walked(stored, tokens, strategy, temperature))(hidden, head))
+    def draws(temperature):
+        return stored_draws(np.tile(np.arange(K), (N, 1)), logits, tokens.targets, temperature)
+
+    def largest(temperature):
+        return stored_top_k(logits, tokens.targets, k=K, temperature=temperature)
+
+    def exponentials(stored, strategy="other_bucket"):
+        program = str(jax.make_jaxpr(walked(stored, tokens, strategy, stored.temperature))(hidden, head))
         return len(re.findall(rf":f32\[8,{V}\] = exp ", program))
 
     # The sums' visit and the gradient's.
-    assert exponentials("other_bucket", 1.0) == 2
-    assert exponentials("other_bucket", 2.0) == 4
+    assert [exponentials(draws(1.0)), exponentials(largest(1.0))] == [2, 2]
+    assert [exponentials(draws(2.0)), exponentials(largest(2.0))] == [4, 4]
     # Conditioned on the stored tokens the loss has no weights outside, at no temperature.
-    assert exponentials("renormalize", 2.0) == 2
+    assert exponentials(largest(2.0), "renormalize") == 2
 
 
 @pytest.mark.parametrize(("strategy", "k"), (("other_bucket", 64), ("renormalize", 0)), ids=str)

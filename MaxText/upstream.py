@@ -8,7 +8,6 @@ Left out on purpose: everything that is a choice of this project (losses, teache
 # ruff: noqa: F401  the modules are here for others to reach
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import logging
@@ -103,14 +102,14 @@ def resolve_config(
     anchor = os.path.join(preset_folder, "base.yml")  # upstream derives the preset's folder from this name
     prepare = pyconfig._prepare_for_pydantic
 
-    def is_merged(key: str, value: Any) -> bool:
-        """Rules and groups of keys are added to, and what the environment sets is of the type that is there."""
-        return key == "logical_axis_rules" or isinstance(value, dict) or f"M_{key.upper()}" in os.environ
+    def is_merged(key: str) -> bool:
+        """Rules are added to, and what the environment sets is of the type that is there."""
+        return key == "logical_axis_rules" or f"M_{key.upper()}" in os.environ
 
-    base = omegaconf.OmegaConf.merge({key: value for key, value in defaults.items() if is_merged(key, value)}, files)
+    base = omegaconf.OmegaConf.merge({key: value for key, value in defaults.items() if is_merged(key)}, files)
 
     def on_defaults(raw_keys: dict[str, Any], **settings: Any) -> dict[str, Any]:
-        return prepare(copy.deepcopy(defaults) | raw_keys, **settings)
+        return prepare(defaults | raw_keys, **settings)
 
     with (
         mock.patch.object(pyconfig, "_load_config", lambda _: base),

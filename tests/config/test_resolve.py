@@ -1,5 +1,6 @@
 """Laws of the configuration: which file wins, what the teacher takes from the student's run, what is refused."""
 
+import copy
 import os
 import pathlib
 
@@ -8,7 +9,7 @@ import yaml
 from conftest import ROOT, SMOKE
 
 from MaxText import upstream
-from MaxText.config import resolve
+from MaxText.config import files, resolve
 from MaxText.config.checks import REFUSED_WITH_KD
 from MaxText.config.keys import ConfigError, KDKeys, RotaryKeys
 from MaxText.config.resolve import Run
@@ -48,6 +49,18 @@ def test_a_file_may_name_settings_that_nobody_has_set(tmp_path):
     run = resolve.initialize(["train.py", str(tmp_path / "mine.yml"), "run_name=test", *KD])
     assert run.student.data_shuffle_seed == int(f"{default}7")
     assert resolve_teacher(run, None).data_shuffle_seed == int(f"{default}7")
+
+
+def test_a_rule_for_an_axis_replaces_that_axis_rules_and_no_others():
+    rules = initialize(*KD).student.logical_axis_rules
+    changed = initialize(*KD, "logical_axis_rules=[['mlp', ['data']]]").student.logical_axis_rules
+    assert changed == (*(rule for rule in rules if rule[0] != "mlp"), ("mlp", ("data",)))
+
+
+def test_a_run_leaves_the_defaults_of_the_next_as_they_are():
+    before = copy.deepcopy(files.plain_defaults())
+    resolve_teacher(initialize(*KD, "logical_axis_rules=[['mlp', ['data']]]", "ici_fsdp_parallelism=1"), None)
+    assert files.plain_defaults() == before
 
 
 def test_the_command_line_wins_over_the_users_file_and_that_over_the_base(tmp_path):

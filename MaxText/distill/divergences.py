@@ -45,9 +45,10 @@ class Scale(NamedTuple):
     def log_weight(self, logits: Float[Array, "n #V"], maximum: PerPosition) -> Float[Array, "n #V"]:
         """The logarithm of a weight at temperature T, 0 for a logit at the maximum.
 
-        Subtracted before the division: a logit of 1e4 has no decimals to lose.
+        Subtracted before it is scaled: a logit of 1e4 has no decimals to lose. Scaled by a product: with a division at
+        each token a compiler for TPUs writes the gradient instead of computing it in the products that read it.
         """
-        return (logits - maximum) / self.temperature
+        return (logits - maximum) * (1.0 / self.temperature)
 
 
 class Sums(NamedTuple):
@@ -79,6 +80,10 @@ class Divergence(abc.ABC):
     @abc.abstractmethod
     def terms(self, logits: Logits, scale: Scale) -> PyTree[PerToken]:
         """Arrays whose sums over the vocabulary are wanted."""
+
+    def terms_need_teacher(self, is_truncated: bool) -> bool:
+        """Whether the terms are made of the teacher's largest logit or of the kept set."""
+        return True
 
     def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> PyTree[PerToken] | None:
         """Likewise, where terms need sums that are known: logarithms of p + q. It costs a visit; None costs nothing."""

@@ -4,7 +4,8 @@
 
 A term is of p and q, which are known once their weights are summed. So the sums of the terms are a visit of the
 vocabulary more than the forward KL needs, and no array: in it both models' logits are read again, and what pulls at
-the student is summed with the values, for the gradient's visit to begin with.
+the student is summed with the values, for the gradient's visit to begin with. Where nothing is truncated the visit
+before it is of the teacher's logits alone, since the student's sums need none of them.
 
 What is outside the kept set is one token under other_bucket. Its p and q have largest logits of their own, so that
 their logarithms are right however little they are.
@@ -68,8 +69,12 @@ class TermSums(OfKeptSet):
             q_tail=None if tail is None else jnp.where(tail, logits.student, -jnp.inf),
         )
 
+    def terms_need_teacher(self, is_truncated: bool) -> bool:
+        return is_truncated
+
     def terms(self, logits: Logits, scale: Scale) -> _Weights:
-        # Beside the teacher's, which are never inf: a TPU's compiler would visit each model's logits on their own.
+        # Beside the teacher's, which are never inf: a TPU's compiler takes the sums where it has these, and would visit
+        # the student's on their own.
         has_q = self._has_q(logits) & (logits.teacher < jnp.inf)
 
         def weights(those: Bool[Array, "#n V"], logits: PerToken, maximum: PerPosition) -> PerToken:
@@ -89,16 +94,20 @@ class TermSums(OfKeptSet):
         return self._total(scale, sums).value
 
     def slope(self, logits: Logits, scale: Scale, sums: Sums, weight: PerPosition) -> PerToken:
-        log_p, log_q = self._log_probs(logits, scale, sums)
-        pull = self._terms(log_p, log_q, self._has_term(logits)).pull
+        log_q = scale.log_weight(logits.student, scale.own.q)
+        log_odds = log_q - scale.log_weight(logits.teacher, scale.teacher)
+        log_odds += jnp.log(self._p_total(sums)) - _log(sums.own.q)
+        slope = jnp.where(self._has_term(logits), self.term.slope(log_odds), 0.0)
+        by_q = weight / jnp.where(sums.own.q > 0.0, sums.own.q, 1.0)
+        pull = by_q * jnp.exp(log_q) * (slope - self._total(scale, sums).pull)
         tail = self._tail_with_mass(logits)
         if tail is not None:
             # The tail's pull is shared out as the student's weights are.
             outside, q_tail = self._tail_terms(scale, sums).pull, sums.own.q_tail
-            share = jnp.where(q_tail > 0.0, outside / q_tail, 0.0)
-            pull = jnp.where(tail, share * jnp.exp(scale.log_weight(logits.student, scale.own.q_tail)), pull)
-        slope = weight * (pull - jnp.exp(log_q) * self._total(scale, sums).pull)
-        return jnp.where(self._has_q(logits), slope, 0.0)
+            share = jnp.where(q_tail > 0.0, weight * outside / q_tail, 0.0)
+            of_tail = share * jnp.exp(scale.log_weight(logits.student, scale.own.q_tail))
+            pull += jnp.where(tail, of_tail, 0.0)
+        return jnp.where(self._has_q(logits) & (log_q > -jnp.inf), pull, 0.0)
 
     def _total(self, scale: Scale, sums: Sums) -> _Terms:
         if sums.own.q_tail is None:
@@ -109,7 +118,7 @@ class TermSums(OfKeptSet):
     def _terms(self, log_p: Float[Array, "n #V"], log_q: Float[Array, "n #V"], counted: Bool[Array, "#n #V"]) -> _Terms:
         """0 where not counted, and where neither model has mass."""
         counted = counted & (log_q > -jnp.inf)
-        of_each = (self.term.value(log_p, log_q), self.term.pull(log_p, log_q))
+        of_each = (self.term.value(log_p, log_q), jnp.exp(log_q) * self.term.slope(log_q - log_p))
         return _Terms(*(jnp.where(counted, each, 0.0) for each in of_each))
 
     def _tail_terms(self, scale: Scale, sums: Sums) -> _Terms:

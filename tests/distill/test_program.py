@@ -33,6 +33,7 @@ pytestmark = [
 ]
 
 TOKENS, VOCABULARY, D, E = 8192, 151936, 1024, 2560  # of a device: qwen3-4b teaches qwen3-0.6b
+TEMPERATURE = 2.0
 CLOCK = 1.5e9  # of the cycles that the compiler estimates for a v5e
 SEARCH_ROUNDS = 5
 
@@ -42,7 +43,7 @@ def project(head, hidden):
 
 
 @functools.cache
-def program(pool, top_k=0, top_p=0.0, divergence="forward_kl", strategy="renormalize"):
+def program(pool, top_k=0, top_p=0.0, divergence="forward_kl"):
     """(optimised HLO, tokens and vocabulary entries of a device's block) for a v5e, with the planner's block."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     upstream.load_libtpu()
@@ -51,13 +52,13 @@ def program(pool, top_k=0, top_p=0.0, divergence="forward_kl", strategy="renorma
     axes = ("fsdp",) if pool > 1 else ()
     term = term_named(divergence, jsd_beta=0.5, skew=0.1)
 
-    def loss(hidden, head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
+    def loss(hidden, head, teacher_hidden, teacher_head, targets, mask, alpha):
         return blockwise_kd(
             Projection(hidden, head, project),
             LiveTeacher(Projection(teacher_hidden, teacher_head, project), top_k, top_p),
             Tokens(targets, mask),
-            Weights(alpha, temperature),
-            divergence=divergence_of(term, strategy),
+            Weights(alpha, TEMPERATURE),
+            divergence=divergence_of(term, "renormalize"),
             block_size=block,
             vocab_axis=axes,
             pooled_axis=axes,
@@ -67,9 +68,9 @@ def program(pool, top_k=0, top_p=0.0, divergence="forward_kl", strategy="renorma
     shapes = (
         *(((TOKENS * pool, D), "bfloat16"), ((VOCABULARY, D), "float32"), ((TOKENS * pool, E), "bfloat16")),
         *(((VOCABULARY, E), "bfloat16"), ((TOKENS * pool,), "int32"), ((TOKENS * pool,), "bool")),
-        *(((), "float32"), ((), "float32")),
+        ((), "float32"),
     )
-    specs = (token,) * 6 + (nowhere,) * 2
+    specs = (token,) * 6 + (nowhere,)
     context = contextlib.nullcontext()
     if pool > 1:
         mesh = Mesh(np.array(devices[:pool]), axes)
@@ -140,7 +141,7 @@ def logit_bytes(lines, shape):
 
 
 @pytest.mark.parametrize(
-    ("pool", "most_bytes", "most_ps"), [(1, 22, 97.5), (16, 10, 73.5)], ids=["alone", "pooled over 16"]
+    ("pool", "most_bytes", "most_ps"), [(1, 20, 90), (16, 10, 73.5)], ids=["alone", "pooled over 16"]
 )
 def test_the_loss_reads_and_computes_no_more_than_it_must(pool, most_bytes, most_ps):
     text, shape = program(pool)
@@ -155,17 +156,21 @@ def test_the_loss_reads_and_computes_no_more_than_it_must(pool, most_bytes, most
 def test_a_truncation_costs_a_few_visits_of_the_logits(keep):
     text, shape = program(1, **keep)
     walk, search = bodies(text)
-    assert 22 < logit_bytes(walk, shape) <= 36 and logit_bytes(search, shape) == 2
+    assert 22 < logit_bytes(walk, shape) <= 34 and logit_bytes(search, shape) == 2
     (full, _), entries = bodies(program(1)[0]), shape[0] * shape[1]
-    assert cycles(walk, entries) + SEARCH_ROUNDS * cycles(search, entries) <= 2 * cycles(full, entries)
+    assert cycles(walk, entries) + SEARCH_ROUNDS * cycles(search, entries) <= 1.85 * cycles(full, entries)
 
 
-@pytest.mark.parametrize(("divergence", "most_bytes", "most"), [("reverse_kl", 26, 1.13), ("tvd", 26, 1.13)])
-def test_another_divergence_costs_a_visit_of_the_logits_at_most_and_no_array(divergence, most_bytes, most):
-    (forward, shape), (text, _) = program(1), program(1, divergence=divergence)
+@pytest.mark.parametrize(
+    ("pool", "divergence", "most_bytes", "most_ps"),
+    [(1, "reverse_kl", 26, 106.5), (1, "jsd", 26, 106.5), (16, "jsd", 8, 82.5)],
+    ids=["reverse_kl, alone", "jsd, alone", "jsd, pooled over 16"],
+)
+def test_another_divergence_costs_a_visit_of_the_logits_and_no_array(pool, divergence, most_bytes, most_ps):
+    text, shape = program(pool, divergence=divergence)
     walk, entries = bodies(text)[0], shape[0] * shape[1]
     assert logit_bytes(walk, shape) <= most_bytes
-    assert cycles(walk, entries) <= most * cycles(bodies(forward)[0], entries)
+    assert cycles(walk, entries) <= most_ps
     assert not [line for line in walk if re.search(rf"= \(?[^=]*f32\[{shape[0]},{shape[1]}\]", line)]
 
 

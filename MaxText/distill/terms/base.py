@@ -5,10 +5,11 @@
 With p of the teacher and q of the student a divergence is D = sum of f(p, q), and as q is a softmax its derivative with
 respect to the student's scaled logit of a token is
 
-    q f' - q (sum of q f')        f' = df/dq
+    q (f' - sum of q f')        f' = df/dq
 
-for which `pull` gives q f', so that what vanishes with q vanishes, and nothing is divided by a q that has underflowed.
-A constant in f' changes nothing, and may be left out.
+f is q times a function of q / p, as any f-divergence's is, so that f' is a function of q / p alone: `slope` gives it
+from the logarithm, and nothing is divided by a q that has underflowed. A constant in f' changes nothing, and may be
+left out.
 """
 
 import abc
@@ -45,5 +46,9 @@ class Term(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pull(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        """q df/dq, but for a constant times q."""
+    def slope(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        """df/dq, but for a constant.
+
+        Args:
+            log_odds: log(q / p); inf where the teacher has no mass, unless is_of_teachers_support.
+        """

@@ -26,16 +26,14 @@ class JensenShannon(Term):
     name = "jsd"
 
     def value(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        log_p_to_m, log_q_to_m = self._log_ratios(log_p, log_q)
+        log_p_to_m, log_q_to_m = self._log_ratios(log_q - log_p)
         p = jnp.exp(log_p)
         of_teacher = jnp.where(p > 0.0, p * log_p_to_m, 0.0)
         return self.beta * of_teacher + (1.0 - self.beta) * jnp.exp(log_q) * log_q_to_m
 
-    def pull(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        _, log_q_to_m = self._log_ratios(log_p, log_q)
-        return (1.0 - self.beta) * jnp.exp(log_q) * log_q_to_m
+    def slope(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        _, log_q_to_m = self._log_ratios(log_odds)
+        return (1.0 - self.beta) * log_q_to_m
 
-    def _log_ratios(
-        self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return mixture.log_ratios(log_p, log_q, teachers=self.beta, students=1.0 - self.beta)
+    def _log_ratios(self, log_odds: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return mixture.log_ratios(log_odds, teachers=self.beta, students=1.0 - self.beta)

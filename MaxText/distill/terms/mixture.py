@@ -12,17 +12,16 @@ from jaxtyping import Array, Float
 
 
 def log_ratios(
-    log_p: Float[Array, "..."], log_q: Float[Array, "..."], *, teachers: float, students: float
+    log_odds: Float[Array, "..."], *, teachers: float, students: float
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """log(p / m) and log(q / m).
 
     Args:
-        log_p: -inf for no mass; log(p / m) is then -inf as well.
-        log_q: finite.
+        log_odds: log(q / p); inf where the teacher has no mass: log(p / m) is then -inf.
         teachers, students: a and b. Both are asked for, because 1 - a would lose a b of 1e-20.
     """
     log_a, log_b = math.log(teachers), math.log(students)
-    of_student, of_teacher = softplus_of_both_signs((log_q + log_b) - (log_p + log_a))
+    of_student, of_teacher = softplus_of_both_signs(log_odds + (log_b - log_a))
     return -log_a - of_student, -log_b - of_teacher
 
 

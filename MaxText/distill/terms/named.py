@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from MaxText.distill.terms.base import Term
 from MaxText.distill.terms.jensen_shannon import JensenShannon
 from MaxText.distill.terms.reverse_kl import ReverseKL
@@ -9,13 +11,16 @@ from MaxText.distill.terms.skew_kl import SkewKL
 from MaxText.distill.terms.skew_reverse_kl import SkewReverseKL
 from MaxText.distill.terms.total_variation import TotalVariation
 
+# From here on 1 / skew, which is how steep it can be, is a float32. Below, it is the forward KL in every digit.
+_LEAST_SKEW = float(np.finfo(np.float32).tiny)
+
 # Name -> (jsd_beta, skew) -> the term. None is the forward KL's, whose sums need no normalised p and q, and so no visit
 # of their own (divergences.ForwardKL).
 TERMS: dict[str, Callable[[float, float], Term | None]] = {
     "forward_kl": lambda jsd_beta, skew: None,
     "reverse_kl": lambda jsd_beta, skew: ReverseKL(),
     "jsd": lambda jsd_beta, skew: JensenShannon(jsd_beta),
-    "skew_kl": lambda jsd_beta, skew: SkewKL(skew) if skew else None,
+    "skew_kl": lambda jsd_beta, skew: SkewKL(skew) if skew >= _LEAST_SKEW else None,
     "skew_reverse_kl": lambda jsd_beta, skew: SkewReverseKL(skew) if skew else ReverseKL(),
     "tvd": lambda jsd_beta, skew: TotalVariation(),
 }

@@ -22,5 +22,5 @@ class ReverseKL(Term):
     def value(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.exp(log_q) * (log_q - log_p)
 
-    def pull(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.value(log_p, log_q)  # and q, of which the share is a constant
+    def slope(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        return log_odds  # and 1, a constant

@@ -26,10 +26,10 @@ class SkewKL(Term):
 
     def value(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
         p = jnp.exp(log_p)
-        return jnp.where(p > 0.0, p * self._log_p_to_m(log_p, log_q), 0.0)
+        return jnp.where(p > 0.0, p * self._log_p_to_m(log_q - log_p), 0.0)
 
-    def pull(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return (self.skew - 1.0) * jnp.exp(log_q + self._log_p_to_m(log_p, log_q))
+    def slope(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        return (self.skew - 1.0) * jnp.exp(self._log_p_to_m(log_odds))
 
-    def _log_p_to_m(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return mixture.log_ratios(log_p, log_q, teachers=self.skew, students=1.0 - self.skew)[0]
+    def _log_p_to_m(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        return mixture.log_ratios(log_odds, teachers=self.skew, students=1.0 - self.skew)[0]

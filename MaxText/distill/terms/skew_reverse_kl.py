@@ -25,11 +25,11 @@ class SkewReverseKL(Term):
     name = "skew_reverse_kl"
 
     def value(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.exp(log_q) * self._log_q_to_m(log_p, log_q)
+        return jnp.exp(log_q) * self._log_q_to_m(log_q - log_p)
 
-    def pull(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        log_q_to_m = self._log_q_to_m(log_p, log_q)
-        return jnp.exp(log_q) * (log_q_to_m - jnp.exp(math.log(self.skew) + log_q_to_m))
+    def slope(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        log_q_to_m = self._log_q_to_m(log_odds)
+        return log_q_to_m - jnp.exp(math.log(self.skew) + log_q_to_m)
 
-    def _log_q_to_m(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return mixture.log_ratios(log_p, log_q, teachers=1.0 - self.skew, students=self.skew)[1]
+    def _log_q_to_m(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        return mixture.log_ratios(log_odds, teachers=1.0 - self.skew, students=self.skew)[1]

@@ -22,5 +22,5 @@ class TotalVariation(Term):
     def value(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2.0
 
-    def pull(self, log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.exp(log_q) * jnp.sign(log_q - log_p) / 2.0
+    def slope(self, log_odds: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.sign(log_odds) / 2.0

@@ -342,6 +342,24 @@ def monitored(config: Any, recorder: Any) -> Iterator[None]:
             train_utils.maybe_cleanup_dcn_throttling(config)
 
 
+@contextlib.contextmanager
+def models_traced_once() -> Iterator[None]:
+    """The making of a model is traced once; where the engine makes the same model again, its equations are repeated.
+
+    `setup_train_loop` makes it four times: for the optimizer, the state's shapes, its values and its graph. The program
+    that draws the values is the one it would be, since the equations are inlined.
+    """
+    from flax import nnx
+
+    function_for = model_creation_utils.get_nnx_create_model_fn
+
+    def traced_once(*arguments: Any, **named: Any) -> Any:
+        return nnx.jit(function_for(*arguments, **named), inline=True)
+
+    with mock.patch.object(model_creation_utils, "get_nnx_create_model_fn", traced_once):
+        yield
+
+
 EMBEDDING_STD = 1.0  # that the engine draws every model's embedding table with, `models.Transformer`
 
 
@@ -489,7 +507,8 @@ def abstract_train_state(config: Any, mesh: Any) -> tuple[Any, Any, Any]:
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
 
-    create_model, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
+    with models_traced_once():
+        create_model, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
     _, optimizer = train_utils.create_training_optimizer(config, model, mesh=mesh)
 
     def create() -> Any:

@@ -163,6 +163,7 @@ NAMES = [
     "metric_logger.MetadataKey.PER_DEVICE_TOKENS",
     "input_pipeline_utils.ShiftData",
     "input_pipeline_utils.add_segmentation_and_position",
+    "model_creation_utils.get_nnx_create_model_fn",
     "moe.MoEBiasVar",
     "param_mapping.HOOK_FNS",
     "param_mapping.PARAM_MAPPING",
@@ -259,6 +260,14 @@ SOURCES = {
         f'"{name}"' for name in ("learning/current_learning_rate", "perf/step_time_seconds", "perf/per_device_tflops",
                                  "perf/per_device_tokens", "perf/per_device_tflops_per_sec",
                                  "perf/per_device_tokens_per_sec")
+    ],
+    # A model is made by what one function gives, of which the set-up asks one for all of its makings.
+    "model_creation_utils.create_nnx_abstract_model": [
+        "_create_model = get_nnx_create_model_fn(", "nnx.eval_shape(_create_model)", "return _create_model, ",
+    ],
+    "train_utils.setup_train_loop": [
+        "_create_model_partial, model = model_creation_utils.create_nnx_abstract_model(config, mesh, devices)",
+        "model = _create_model_partial()", "nnx.eval_shape(init_state_fn)",
     ],
     # Training checkpoints keep variables that are no parameters under nnx_aux.
     "train_state_nnx.to_checkpoint_dict": ['linen_dict["nnx_aux"] = aux'],

@@ -54,6 +54,7 @@ def set_up(config: Any, recorder: Any, cached: Cached | None = None) -> Student:
         refusals_as_config_errors(config),
         pipelines.mended(config),
         read_instead(config, cached),
+        upstream.models_traced_once(),
     ):
         upstream.train_utils.validate_train_config(config)
         (_, manager, shardings, model, mesh, schedule, iterator, loader, rampup, eval_iterator, train_state) = (

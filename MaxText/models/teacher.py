@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -30,7 +31,7 @@ Path = tuple[str, ...]
 # The arrays with a row or a column per token, and which axis that is.
 VOCABULARY_AXIS: dict[Path, int] = {("token_embedder", "embedding"): 0, ("decoder", "logits_dense", "kernel"): 1}
 
-# Variables a checkpoint need not hold: random streams are drawn afresh and unused, the others live within a call.
+# Variables a checkpoint need not hold: random streams are unused, the others live within a call.
 EPHEMERAL = (nnx.RngState, nnx.Cache, nnx.Intermediate)
 
 
@@ -152,7 +153,7 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
       ConfigError: the checkpoint lacks arrays of the configured model, or holds them in other shapes.
     """
     config = laid_out(config, mesh)
-    create, shapes = created(config, mesh)
+    shapes = created(config, mesh)
     graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(stored)}
     check_shapes(config, checkpoint, {path: leaf.shape for path, leaf in wanted.items()}, shared_vocabulary)
@@ -183,10 +184,9 @@ def load(config: Any, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: st
     for path, leaf in wanted.items():
         leaf.set_value(restored[checkpoint.arrays[path][0]])
 
-    # Unused random streams still need values. One jit makes them; XLA drops the parameters it would also initialise.
+    # Random streams need values, though nothing draws from them. The engine's would cost the making of another model.
     placed = jax.tree.map(lambda x: x.sharding, ephemeral)
-    with logical_axis_rules(config.logical_axis_rules), jax.set_mesh(mesh):
-        streams = jax.jit(lambda: nnx.split(create(), EPHEMERAL, ...)[1], out_shardings=placed)()
+    streams = jax.jit(lambda: jax.tree.map(jnp.zeros_like, ephemeral), out_shardings=placed)()
     return assembled(config, graphdef, nnx.State.merge(stored, streams), checkpoint)
 
 
@@ -197,7 +197,7 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
       config, mesh, dtype: as for `load`; "" = the configuration's weight_dtype, since no checkpoint tells.
     """
     config = laid_out(config, mesh)
-    _, shapes = created(config, mesh)
+    shapes = created(config, mesh)
     graphdef, ephemeral, stored = nnx.split(shapes, EPHEMERAL, ...)
 
     for _, leaf in nnx.to_flat_state(stored):
@@ -209,7 +209,7 @@ def abstract(config: Any, mesh: jax.sharding.Mesh, dtype: str) -> Teacher:
 
 def is_cast(leaf: nnx.Variable) -> bool:
     """Whether kd_teacher_dtype is for it: biases of routers, which move by small steps, are no parameters."""
-    return isinstance(leaf, nnx.Param) and jax.numpy.issubdtype(leaf.get_value().dtype, jax.numpy.floating)
+    return isinstance(leaf, nnx.Param) and jnp.issubdtype(leaf.get_value().dtype, jnp.floating)
 
 
 # The logical axes that are as long as a model has attention heads.
@@ -233,10 +233,10 @@ def laid_out(config: Any, mesh: jax.sharding.Mesh) -> Any:
     return upstream.without_mesh_axes(config, HEAD_AXES)
 
 
-def created(config: Any, mesh: jax.sharding.Mesh) -> tuple[Any, nnx.Module]:
-    """What makes the model, and the model as shapes on shards; ConfigError where it cannot be built."""
+def created(config: Any, mesh: jax.sharding.Mesh) -> nnx.Module:
+    """The model as shapes on shards; ConfigError where it cannot be built."""
     try:
-        return upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)
+        return upstream.model_creation_utils.create_nnx_abstract_model(config, mesh)[1]
     except ValueError as error:
         raise ConfigError(f"the teacher (model {config.model_name!r}) cannot be built: {error}") from error
 

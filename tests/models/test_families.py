@@ -184,8 +184,8 @@ def moved(student: student_lib.Student) -> nnx.State:
     train_state = nnx.merge(student.graphdef, student.state, copy=True)
     for _, variable in nnx.to_flat_state(nnx.state(train_state.model, nnx.Not(nnx.RngState))):
         value = variable.get_value()
-        noise = 0.1 * random.standard_normal(value.shape)
-        variable.set_value(value + jax.device_put(noise.astype(value.dtype), value.sharding))
+        noise = (0.1 * random.standard_normal(value.shape)).astype(value.dtype)
+        variable.set_value(jax.device_put(np.asarray(value) + noise, value.sharding))
     return nnx.state(train_state)
 
 

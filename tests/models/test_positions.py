@@ -41,7 +41,8 @@ def noisy(state):
     random = np.random.default_rng(0)
 
     def moved(leaf):
-        return leaf + jnp.asarray(0.1 * random.normal(size=leaf.shape), leaf.dtype)
+        noise = (0.1 * random.normal(size=leaf.shape)).astype(leaf.dtype)
+        return jax.device_put(np.asarray(leaf) + noise, leaf.sharding)
 
     params = jax.tree.map(moved, nnx.filter_state(state, nnx.Param))
     return nnx.merge_state(state, params)
@@ -66,8 +67,8 @@ def update(lab, batch):
     """Metrics of one step, and what it moved the parameters by."""
     run = functools.partial(step.train_step, lab.models, lab.student.params_shardings)
     after, output = lab.under(run, lab.student.state, lab.teacher.state, batch)
-    params = (nnx.filter_state(each["model"], nnx.Param) for each in (after, lab.student.state))
-    return output["scalar"], jax.tree.map(jnp.subtract, *params)
+    params = [nnx.filter_state(each["model"], nnx.Param) for each in (after, lab.student.state)]
+    return output["scalar"], jax.tree.map(np.subtract, *jax.device_get(params))
 
 
 def test_chosen_are_the_most_unsure_of_the_valid_positions_and_of_equals_the_first():
@@ -96,7 +97,7 @@ def test_the_step_is_that_of_the_definition(lab, batch):
     def student_logits(params):
         return logits_of(nnx.merge(graphdef, params, rest, copy=True), models.config)
 
-    q = np.asarray(jax.nn.log_softmax(lab.under(student_logits, params)), np.float64)
+    q = np.asarray(lab.under(lambda params: jax.nn.log_softmax(student_logits(params)), params), np.float64)
     entropies = np.where(mask, -(np.exp(q) * q).sum(-1), -np.inf)
     number = round(SHARE * n)
     taught = np.zeros(mask.size, bool)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-import numpy as np
+import jax.numpy as jnp
 
 from MaxText.distill.terms.base import Term
 from MaxText.distill.terms.jensen_shannon import JensenShannon
@@ -12,7 +12,7 @@ from MaxText.distill.terms.skew_reverse_kl import SkewReverseKL
 from MaxText.distill.terms.total_variation import TotalVariation
 
 # From here on 1 / skew, which is how steep it can be, is a float32. Below, it is the forward KL in every digit.
-_LEAST_SKEW = float(np.finfo(np.float32).tiny)
+_LEAST_SKEW = float(jnp.finfo(jnp.float32).tiny)
 
 # Name -> (jsd_beta, skew) -> the term. None is the forward KL's, whose sums need no normalised p and q, and so no visit
 # of their own (divergences.ForwardKL).

@@ -169,8 +169,8 @@ class Cost:
 
     # To compare -------------------------------------------------------------------------------------------------------
 
-    def row(self) -> dict[str, float]:
-        row: dict[str, float] = {"devices": self.devices, "model_flops": self.model_flops}
+    def row(self) -> dict[str, float | str]:
+        row: dict[str, float | str] = {"devices": self.devices, "model_flops": self.model_flops}
         if self.memory:
             row |= {f"{kind}_bytes": value for kind, value in self.memory.items()} | {"total_bytes": self.total}
             row |= {"flops": self.once["flops"], "bytes_accessed": self.once["bytes accessed"]}
@@ -182,6 +182,7 @@ class Cost:
         if self.account is not None and self.at_worst is not None:
             row |= self.part_row("", self.account.total)
             row["most_estimated_seconds"] = self.estimated(self.at_worst.total)
+            row["kernels"] = ", ".join(sorted(self.account.total.kernels))  # without an estimate
             for part, work in self.account.parts.items():
                 row |= self.part_row(f"{part.replace(' ', '_')}_", work)
                 row[f"{part.replace(' ', '_')}_peak_seconds"] = self.at_peak(part)

@@ -122,18 +122,24 @@ class Program:
 
 def _number(where: Computation, name: str) -> int | None:
     """A constant's, or that of a copy of one."""
+    item = _copied(where, name)
+    is_number = item.operation == "constant" and re.fullmatch(r"-?\d+", item.argument)
+    return int(item.argument) if is_number else None
+
+
+def _copied(where: Computation, name: str) -> Instruction:
+    """What copies were made of, if it is one."""
     item = where.instructions[name]
     while item.operation in ("copy", "bitcast"):
         item = where.instructions[item.operands[0]]
-    is_number = item.operation == "constant" and re.fullmatch(r"-?\d+", item.argument)
-    return int(item.argument) if is_number else None
+    return item
 
 
 def _step(body: Computation, index: int) -> int | None:
     """What the body adds to an element of its state; None if it is not that simple."""
     if body.root.operation != "tuple":
         return None
-    added = body.instructions[body.root.operands[index]]
+    added = _copied(body, body.root.operands[index])
     if added.operation != "add":
         return None
     numbers = [_number(body, name) for name in added.operands]

@@ -28,6 +28,7 @@ ROW = {
     "compile/network_bytes": 12.4e9,
     "compile/model_flops": 1.06e14,
     "compile/libtpu": "0.0.50.1",
+    "compile/kernels": "splash_mha_dq, splash_mha_fwd",
 }
 
 
@@ -46,6 +47,12 @@ def test_a_header_tells_what_the_compiled_step_costs_and_nothing_else_changes():
 def test_a_header_tells_of_searches_at_their_longest_where_there_are_any():
     assert "longest" not in recipe_costs.cost(ROW)
     assert "900 with every search at its longest" in recipe_costs.cost(ROW | {"compile/most_estimated_seconds": 0.9})
+
+
+def test_an_estimate_without_the_products_of_experts_stays_out_of_the_table():
+    written = recipe_costs.with_cost(RECIPE, ROW | {"compile/kernels": "gmm, splash_mha_fwd"})
+    assert "kernels of attention and experts not among it" in " ".join(written.replace("\n#", " ").split())
+    assert recipe_costs.described("mine", written).estimate == ""
 
 
 @pytest.mark.parametrize("text", ["no table", "| recipe | TPU |\n|---|\n\n| recipe | TPU |\n|---|\n"])

@@ -14,6 +14,7 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from orbax.checkpoint.experimental import v1 as ocp
 
+from MaxText import upstream
 from MaxText.config.keys import ConfigError
 from MaxText.models import teacher as teacher_lib
 
@@ -21,8 +22,27 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def lab(teacher, tmp_path_factory):
-    return lab_lib.make(tmp_path_factory.mktemp("lab"), f"{teacher}/5/items")
+def makings():
+    """The names of the models that making the lab has made, one for each time."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def lab(teacher, tmp_path_factory, makings):
+    engine = upstream.model_creation_utils
+    function_for = engine.get_nnx_create_model_fn
+
+    def counted(config, *arguments, **named):
+        create = function_for(config, *arguments, **named)
+        return lambda *inputs, **given: (makings.append(config.model_name), create(*inputs, **given))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "get_nnx_create_model_fn", counted)
+        return lab_lib.make(tmp_path_factory.mktemp("lab"), f"{teacher}/5/items")
+
+
+def test_a_distillation_makes_each_of_its_models_once(lab, makings):
+    assert len(makings) == 2
 
 
 def test_a_checkpoints_folder_means_its_newest_step(teacher, tmp_path):

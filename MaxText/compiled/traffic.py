@@ -63,6 +63,8 @@ def _read(program: Program, inner: Computation, place: int) -> int:
         for use in inner.uses(name):
             if use.operation == "bitcast":
                 waiting.append(use.name)
+            elif use.operation == "tuple" or _ends_collective(use):  # handed on as it is
+                continue
             elif use.operation == "fusion":
                 within = program.computations[use.called[0]]
                 read += sum(_read(program, within, at) for at, given in enumerate(use.operands) if given == name)
@@ -77,7 +79,8 @@ def _written(program: Program, inner: Computation, maker: Instruction, made: Arr
     """Of an array of a fusion's result, by what makes it."""
     while maker.operation == "bitcast":
         maker = inner.instructions[maker.operands[0]]
-    if maker.operation == "parameter":  # handed on as it is
+    # Handed on as it is, or written since the collective that is on its way was begun.
+    if maker.operation == "parameter" or "chain_id=" in maker.attributes or _ends_collective(maker):
         return 0
     if maker.operation == "fusion" and not maker.is_tuple:
         within = program.computations[maker.called[0]]
@@ -85,6 +88,10 @@ def _written(program: Program, inner: Computation, maker: Instruction, made: Arr
     if maker.operation in _IN_PLACE:
         return inner.instructions[maker.operands[_IN_PLACE[maker.operation]]].bytes
     return made.bytes
+
+
+def _ends_collective(item: Instruction) -> bool:
+    return item.attribute("custom_call_target") == '"AsyncCollectiveDone"'
 
 
 def received(item: Instruction, where: Computation) -> float:

@@ -56,6 +56,13 @@ def test_of_a_stack_of_layers_a_round_reads_one_layer():
     assert traffic.memory(layer.instructions["product"], layer, program) == 0  # all of it lies in faster memory
 
 
+def test_what_is_gathered_beside_several_operations_is_written_once():
+    program = text.parse(pathlib.Path(__file__).with_name("gathering.hlo").read_text())
+    main = program.computations["main"]
+    moved = {name: traffic.memory(main.instructions[name], main, program) for name in ("first", "second", "last")}
+    assert moved == {"first": 64 * 128 * 2, "second": 2 * 256 * 4, "last": 0}
+
+
 def test_kernels_without_an_estimate_are_named():
     assert read().total.kernels == {"attend": 1}
     assert read().parts["student"].kernels == {"attend": 1}

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import types
+from unittest import mock
 
 import jax
 import lab as lab_lib
@@ -36,8 +37,7 @@ def lab(teacher, tmp_path_factory, makings):
         create = function_for(config, *arguments, **named)
         return lambda *inputs, **given: (makings.append(config.model_name), create(*inputs, **given))[1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "get_nnx_create_model_fn", counted)
+    with mock.patch.object(engine, "get_nnx_create_model_fn", counted):
         return lab_lib.make(tmp_path_factory.mktemp("lab"), f"{teacher}/5/items")
 
 

@@ -185,7 +185,7 @@ class LiveBlock(LossBlock):
 
     def _reduced(self) -> _Reduced:
         divergence, vocabulary, _ = self.student.asked
-        scale, of_student, shared_maximum, scales_at_t1 = self._maxima()
+        scale, of_student, shared_maximum, scales_at_t1 = self._scales()
 
         def terms(logits: Logits) -> tuple[_OfStudent | None, PerToken, Any, _AtT1 | None, dict[str, Any]]:
             p = jnp.exp(scale.log_weight(logits.teacher, scale.teacher))
@@ -197,8 +197,8 @@ class LiveBlock(LossBlock):
                 {name: _AT_T1[name].terms(_whole(logits), at_t1) for name, at_t1 in scales_at_t1.items()},
             )
 
-        beside_teacher, teacher_total, (p, p_kept), at_t1, others = self._visit(vocabulary.sums, terms)
-        student_total, own = of_student or beside_teacher
+        late, teacher_total, (p, p_kept), at_t1, others = self._visit(vocabulary.sums, terms)
+        student_total, own = of_student or late
         sums = Sums(p=p, p_kept=p_kept, own=own)
         sums_at_t1 = {name: Sums(p=teacher_total, p_kept=teacher_total, own=own) for name, own in others.items()}
 
@@ -218,7 +218,7 @@ class LiveBlock(LossBlock):
     def _of_student(self, logits: Logits, scale: Scale) -> _OfStudent:
         return _OfStudent(jnp.exp(logits.student - scale.student), self.student.asked.divergence.terms(logits, scale))
 
-    def _maxima(self) -> tuple[Scale, _OfStudent | None, PerPosition | None, dict[str, Scale]]:
+    def _scales(self) -> tuple[Scale, _OfStudent | None, PerPosition | None, dict[str, Scale]]:
         """Of the divergence and, for an evaluation, of the student among the shared tokens and of the others; and what
         is summed of the student, where the teacher's largest logit need not be known for it.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 MARGIN, WIDTH = 16, 120  # of an entry's text
 _PARTS = ("teacher", "student forward", "loss", "backward", "optimizer")
-_EXPERTS = "experts"  # whose products may be kernels that the compiler has no estimate for
 _HEADINGS = ("recipe", "TPU", "memory a chip", "a step, at least", "by the compiler's estimate")
 
 
@@ -67,8 +66,8 @@ def cost(row: Mapping[str, Any]) -> str:
     most = ""
     if number("most_estimated_seconds") > number("estimated_seconds"):
         most = f", {1000 * number('most_estimated_seconds'):.0f} with every search at its longest"
-    kernels = str(row["compile/kernels"]).split(", ")
-    kinds = "attention" if all(name.startswith("splash") for name in kernels) else f"attention and {_EXPERTS}"
+    has_experts = any(name.startswith(("gmm", "tgmm")) for name in str(row["compile/kernels"]).split(", "))
+    kinds = "attention and experts" if has_experts else "attention"
     return (
         f"{number('total_bytes') / 1e9:.2f} GB a chip of {number('available_bytes') / 1e9:.2f}: "
         f"{number('argument_bytes') / 1e9:.2f} of both models, optimizer and batch, "
@@ -92,7 +91,7 @@ def described(name: str, text: str) -> Recipe:
     memory = re.search(r"([\d.]+) GB a chip", header)
     least = re.search(r"(\d+) ms at (?:least|the chip's peak)", header)
     # Without the products of experts it says little.
-    estimate = None if _EXPERTS in header else re.search(r"(\d+) ms by the compiler's estimate", header)
+    estimate = re.search(r"(\d+) ms by the compiler's estimate, kernels of attention not among it", header)
     assert memory and least, f"{name}: no costs of a step in its header"
     return Recipe(name, topology(text), float(memory[1]), least[1], estimate[1] if estimate else "")
 

@@ -43,7 +43,7 @@ def project(head, hidden):
 
 
 @functools.cache
-def program(pool, top_k=0, top_p=0.0, divergence="forward_kl"):
+def program(pool, top_k=0, top_p=0.0, divergence="forward_kl", is_scheduled=False):
     """(optimised HLO, tokens and vocabulary entries of a device's block) for a v5e, with the planner's block."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     upstream.load_libtpu()
@@ -52,12 +52,12 @@ def program(pool, top_k=0, top_p=0.0, divergence="forward_kl"):
     axes = ("fsdp",) if pool > 1 else ()
     term = term_named(divergence, jsd_beta=0.5, skew=0.1)
 
-    def loss(hidden, head, teacher_hidden, teacher_head, targets, mask, alpha):
+    def loss(hidden, head, teacher_hidden, teacher_head, targets, mask, alpha, temperature):
         return blockwise_kd(
             Projection(hidden, head, project),
             LiveTeacher(Projection(teacher_hidden, teacher_head, project), top_k, top_p),
             Tokens(targets, mask),
-            Weights(alpha, TEMPERATURE),
+            Weights(alpha, temperature if is_scheduled else TEMPERATURE),
             divergence=divergence_of(term, "renormalize"),
             block_size=block,
             vocab_axis=axes,
@@ -68,9 +68,9 @@ def program(pool, top_k=0, top_p=0.0, divergence="forward_kl"):
     shapes = (
         *(((TOKENS * pool, D), "bfloat16"), ((VOCABULARY, D), "float32"), ((TOKENS * pool, E), "bfloat16")),
         *(((VOCABULARY, E), "bfloat16"), ((TOKENS * pool,), "int32"), ((TOKENS * pool,), "bool")),
-        ((), "float32"),
+        *(((), "float32"), ((), "float32")),
     )
-    specs = (token,) * 6 + (nowhere,)
+    specs = (token,) * 6 + (nowhere,) * 2
     context = contextlib.nullcontext()
     if pool > 1:
         mesh = Mesh(np.array(devices[:pool]), axes)
@@ -150,6 +150,12 @@ def test_the_loss_reads_and_computes_no_more_than_it_must(pool, most_bytes, most
     assert 6 <= logit_bytes(walk, shape) <= most_bytes
     ideal = 1e12 * 2 * (3 * D + E) / CHIPS["TPU v5 lite"].flops
     assert ideal < cycles(walk, shape[0] * shape[1]) <= most_ps
+
+
+def test_a_temperature_that_a_schedule_changes_costs_nothing():
+    (constant, shape), (scheduled, _) = program(1), program(1, is_scheduled=True)
+    entries = shape[0] * shape[1]
+    assert cycles(bodies(scheduled)[0], entries) <= 1.01 * cycles(bodies(constant)[0], entries)
 
 
 @pytest.mark.parametrize("keep", [{"top_k": 64}, {"top_p": 0.9}], ids=str)

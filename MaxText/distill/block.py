@@ -27,7 +27,7 @@ from MaxText.distill.divergences import Divergence, Logits, PerPosition, PerToke
 from MaxText.distill.kd_loss import TERMS_AT_T1, KDSums
 from MaxText.distill.term_sums import divergence_of
 from MaxText.distill.truncation import KeptBound, Scalar
-from MaxText.distill.vocabulary import Visit, Vocabulary
+from MaxText.distill.vocabulary import Vocabulary
 
 
 class Weights(NamedTuple):
@@ -138,13 +138,6 @@ class _AtT1(NamedTuple):
     cross: Float[Array, "n #V"]  # p times the difference of the log weights
 
 
-class _OfStudent(NamedTuple):
-    """Sums of the student's weights, or what is summed."""
-
-    total: Float[Array, "n #V"]  # at T = 1
-    own: Any  # what Divergence.terms asked for
-
-
 class _Reduced(NamedTuple):
     """All that the visits before the gradient's took."""
 
@@ -185,21 +178,19 @@ class LiveBlock(LossBlock):
 
     def _reduced(self) -> _Reduced:
         divergence, vocabulary, _ = self.student.asked
-        scale, of_student, shared_maximum, scales_at_t1 = self._scales()
+        scale, shared_maximum, scales_at_t1 = self._maxima()
 
-        def terms(logits: Logits) -> tuple[_OfStudent | None, PerToken, Any, _AtT1 | None, dict[str, Any]]:
+        def terms(logits: Logits) -> tuple[PerToken, PerToken, Sums, _AtT1 | None, dict[str, PyTree[PerToken]]]:
             p = jnp.exp(scale.log_weight(logits.teacher, scale.teacher))
             return (
-                self._of_student(logits, scale) if of_student is None else None,
+                jnp.exp(logits.student - scale.student),
                 jnp.exp(logits.teacher - scale.teacher),
-                (p, jnp.where(logits.is_kept, p, 0.0)),
+                Sums(p=p, p_kept=jnp.where(logits.is_kept, p, 0.0), own=divergence.terms(logits, scale)),
                 None if shared_maximum is None else _terms_at_t1(logits, scale, shared_maximum),
                 {name: _AT_T1[name].terms(_whole(logits), at_t1) for name, at_t1 in scales_at_t1.items()},
             )
 
-        late, teacher_total, (p, p_kept), at_t1, others = self._visit(vocabulary.sums, terms)
-        student_total, own = of_student or late
-        sums = Sums(p=p, p_kept=p_kept, own=own)
+        student_total, teacher_total, sums, at_t1, others = self._visit(vocabulary.sums, terms)
         sums_at_t1 = {name: Sums(p=teacher_total, p_kept=teacher_total, own=own) for name, own in others.items()}
 
         def normalized_terms(logits: Logits) -> tuple[PyTree[PerToken] | None, dict[str, PyTree[PerToken]]]:
@@ -215,38 +206,19 @@ class LiveBlock(LossBlock):
         sums = sums._replace(normalized=normalized)
         return _Reduced(scale, student_total, teacher_total, sums, shared_maximum, at_t1, others_at_t1)
 
-    def _of_student(self, logits: Logits, scale: Scale) -> _OfStudent:
-        return _OfStudent(jnp.exp(logits.student - scale.student), self.student.asked.divergence.terms(logits, scale))
-
-    def _scales(self) -> tuple[Scale, _OfStudent | None, PerPosition | None, dict[str, Scale]]:
-        """Of the divergence and, for an evaluation, of the student among the shared tokens and of the others; and what
-        is summed of the student, where the teacher's largest logit need not be known for it.
-
-        These sums are then taken with the teacher's largest logits: a TPU's compiler takes both in the projection that
-        gives the teacher's logits, at no cost, and the visit after it reads the teacher's alone.
-        """
+    def _maxima(self) -> tuple[Scale, PerPosition | None, dict[str, Scale]]:
+        """Of the divergence and, for an evaluation, of the student among the shared tokens and of the others."""
         divergence, vocabulary, evaluation = self.student.asked
         others = _AT_T1 if evaluation else {}
-        is_early = not divergence.terms_need_teacher(self.teacher.bound is not None)
 
-        def highest(
-            logits: Logits,
-        ) -> tuple[PerToken, PerToken | None, PyTree[PerToken], PerToken | None, dict[str, Any]]:
-            teacher = None if is_early else logits.teacher
+        def terms(logits: Logits) -> tuple[PerToken, PerToken, PyTree[PerToken], PerToken | None, dict[str, Any]]:
             shared = jnp.where(logits.is_shared, logits.student, -jnp.inf) if evaluation else None
             at_t1 = {name: other.maxima(_whole(logits)) for name, other in others.items()}
-            return logits.student, teacher, divergence.maxima(logits), shared, at_t1
+            return logits.student, logits.teacher, divergence.maxima(logits), shared, at_t1
 
-        student, teacher, own, shared, at_t1 = finite(self._visit(vocabulary.maxima, highest))
+        student, teacher, own, shared, at_t1 = finite(self._visit(vocabulary.maxima, terms))
         scale = Scale(student, teacher, own, self.student.weights.temperature)
-        of_student = None
-        if is_early:
-            teacher, of_student = self._visit(
-                vocabulary.visit, lambda logits: Visit(logits.teacher, self._of_student(logits, scale))
-            )
-            scale = scale._replace(teacher=finite(teacher))
-        others_at_t1 = {name: Scale(student, scale.teacher, of_other, 1.0) for name, of_other in at_t1.items()}
-        return scale, of_student, shared, others_at_t1
+        return scale, shared, {name: Scale(student, teacher, of_other, 1.0) for name, of_other in at_t1.items()}
 
     def _totals(self, reduced: _Reduced) -> KDSums:
         divergence, vocabulary, _ = self.student.asked

@@ -81,10 +81,6 @@ class Divergence(abc.ABC):
     def terms(self, logits: Logits, scale: Scale) -> PyTree[PerToken]:
         """Arrays whose sums over the vocabulary are wanted."""
 
-    def terms_need_teacher(self, is_truncated: bool) -> bool:
-        """Whether the terms are made of the teacher's largest logit or of the kept set."""
-        return True
-
     def normalized_terms(self, logits: Logits, scale: Scale, sums: Sums) -> PyTree[PerToken] | None:
         """Likewise, where terms need sums that are known: logarithms of p + q. It costs a visit; None costs nothing."""
         return None

@@ -4,8 +4,7 @@
 
 A term is of p and q, which are known once their weights are summed. So the sums of the terms are a visit of the
 vocabulary more than the forward KL needs, and no array: in it both models' logits are read again, and what pulls at
-the student is summed with the values, for the gradient's visit to begin with. Where nothing is truncated the visit
-before it is of the teacher's logits alone, since the student's sums need none of them.
+the student is summed with the values, for the gradient's visit to begin with.
 
 What is outside the kept set is one token under other_bucket. Its p and q have largest logits of their own, so that
 their logarithms are right however little they are.
@@ -69,12 +68,9 @@ class TermSums(OfKeptSet):
             q_tail=None if tail is None else jnp.where(tail, logits.student, -jnp.inf),
         )
 
-    def terms_need_teacher(self, is_truncated: bool) -> bool:
-        return is_truncated
-
     def terms(self, logits: Logits, scale: Scale) -> _Weights:
-        # Beside the teacher's, which are never inf: a TPU's compiler takes the sums where it has these, and would visit
-        # the student's on their own.
+        # Beside the teacher's, which are never inf: a TPU's compiler takes these sums in the product that makes those,
+        # where it would visit the student's by themselves.
         has_q = self._has_q(logits) & (logits.teacher < jnp.inf)
 
         def weights(those: Bool[Array, "#n V"], logits: PerToken, maximum: PerPosition) -> PerToken:

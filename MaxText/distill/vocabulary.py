@@ -17,13 +17,6 @@ from jaxtyping import Array, Float, Int, Num, PyTree
 Terms = Callable[..., PyTree[Float[Array, "n V"]]]
 
 
-class Visit(NamedTuple):
-    """Arrays "n V" of which the largest values and the sums are wanted, and then these, "n 1"."""
-
-    maxima: PyTree[Array] = ()
-    sums: PyTree[Array] = ()
-
-
 class Vocabulary(NamedTuple):
     """The vocabulary's axis, the last one of logits: whole, or one shard of it per device along a mesh axis.
 
@@ -41,18 +34,13 @@ class Vocabulary(NamedTuple):
 
     def sums(self, terms: Terms, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
         """The sum over all tokens of each of the arrays in the tree terms(ids, *logits); none of them is stored."""
-        return self.visit(lambda *chunk: Visit(sums=terms(*chunk)), *logits).sums
+        partial = _reduce(terms, jnp.sum, jnp.add, self.first(logits[0]), logits)
+        return jax.lax.psum(partial, self.axes) if self.axes else partial
 
     def maxima(self, terms: Terms, *logits: Float[Array, "n V"]) -> PyTree[Float[Array, "n 1"]]:
         """Likewise the largest values."""
-        return self.visit(lambda *chunk: Visit(maxima=terms(*chunk)), *logits).maxima
-
-    def visit(self, terms: Callable[..., Visit], *logits: Float[Array, "n V"]) -> Visit:
-        """Likewise of some arrays the largest values and of others the sums, in one visit."""
-        found = _reduced(terms, self.first(logits[0]), logits)
-        if not self.axes:
-            return found
-        return Visit(maxima=jax.lax.pmax(found.maxima, self.axes), sums=jax.lax.psum(found.sums, self.axes))
+        partial = _reduce(terms, _max, jnp.maximum, self.first(logits[0]), logits)
+        return jax.lax.pmax(partial, self.axes) if self.axes else partial
 
     def shards(self, values: Float[Array, "n 1"]) -> Float[Array, "n S"]:
         """Each shard's values, in order of token ids."""
@@ -119,53 +107,53 @@ class Vocabulary(NamedTuple):
 CHUNK_VALUES = 1 << 18
 
 
-def _reduced(
-    terms: Callable[..., Visit], first_id: int | Int[Array, ""], logits: tuple[Float[Array, "n V"], ...]
-) -> Visit:
-    """One visit of the vocabulary.
+def _reduce(
+    terms: Terms,
+    reduce: Callable[..., Array],
+    combine: Callable[[Array, Array], Array],
+    first_id: int | Int[Array, ""],
+    logits: tuple[Float[Array, "n V"], ...],
+) -> PyTree[Float[Array, "n 1"]]:
+    """One visit of the vocabulary that reduces each of the arrays in the tree terms(ids, *logits).
 
     Compilers for accelerators fuse the terms into one reduction of several outputs. XLA's for CPUs writes every
     exponential that two reductions share as an array of [n, V]: there the visit goes chunk by chunk.
     """
 
-    def whole(*chunk: Array, start: int | Int[Array, ""] = 0) -> Visit:
+    def whole(*chunk: Array, start: int | Int[Array, ""] = 0) -> PyTree[Float[Array, "n 1"]]:
         ids = first_id + start + jnp.arange(chunk[0].shape[-1], dtype=jnp.int32)[None]
         found = terms(ids, *(x.astype(jnp.float32) for x in chunk))
-        return Visit(
-            maxima=jax.tree.map(lambda term: jnp.max(_as_float32(term), axis=-1, keepdims=True), found.maxima),
-            sums=jax.tree.map(lambda term: jnp.sum(term, axis=-1, keepdims=True), found.sums),
-        )
+        return jax.tree.map(lambda term: reduce(term, axis=-1, keepdims=True), found)
 
     rows, vocabulary = logits[0].shape
     size = max(128, CHUNK_VALUES // rows)
     if vocabulary <= size:
         return whole(*logits)
 
-    def chunked(*logits: Array) -> Visit:
+    def chunked(*logits: Array) -> PyTree[Float[Array, "n 1"]]:
         rest = vocabulary % size or size
         first = whole(*(x[:, :rest] for x in logits))
         if not jax.tree.leaves(first):  # nothing is asked for
             return first
 
-        def visit(i: Int[Array, ""], reduced: Visit) -> Visit:
+        def visit(i: Int[Array, ""], reduced: PyTree) -> PyTree:
             start = rest + i * size
-            chunk = whole(*(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in logits), start=start)
-            return Visit(
-                maxima=jax.tree.map(jnp.maximum, reduced.maxima, chunk.maxima),
-                sums=jax.tree.map(jnp.add, reduced.sums, chunk.sums),
-            )
+            chunk = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in logits)
+            return jax.tree.map(combine, reduced, whole(*chunk, start=start))
 
         return jax.lax.fori_loop(0, (vocabulary - rest) // size, visit, first)
 
     return jax.lax.platform_dependent(*logits, cpu=chunked, default=whole)
 
 
-def _as_float32(term: Num[Array, "n V"]) -> Num[Array, "n V"]:
-    """The same. A TPU's compiler that knows a term for bfloat16 reduces it as such, apart from all that is float32."""
-    if term.dtype != jnp.float32:  # token ids
-        return term
-    return jax.lax.platform_dependent(
-        term,
-        tpu=lambda term: jax.lax.reduce_precision(term, exponent_bits=8, mantissa_bits=23),
-        default=lambda term: term,
-    )
+def _max(term: Num[Array, "n V"], **axes: Any) -> Num[Array, "n 1"]:
+    """The largest values. A TPU's compiler takes those of bfloat16 logits, known as such, apart from all that is
+    float32: the sums and other maxima that it has in the same product."""
+    if term.dtype == jnp.float32:
+        term = jax.lax.platform_dependent(term, tpu=_as_float32, default=lambda term: term)
+    return jnp.max(term, **axes)
+
+
+def _as_float32(term: Float[Array, "n V"]) -> Float[Array, "n V"]:
+    """The same, whatever it was made of."""
+    return jax.lax.reduce_precision(term, exponent_bits=8, mantissa_bits=23)

@@ -265,6 +265,19 @@ def test_by_blocks_a_student_without_a_token_of_the_teachers_is_told_nothing_by_
 
 
 @few_names
+def test_by_blocks_a_token_that_the_student_cannot_say_is_told_nothing_and_the_others_as_ever(name):
+    student, teacher = jnp.asarray([[0.0, -jnp.inf, 1.0, 2.0]]), jnp.asarray([[1.0, 2.0, 0.0, 1.0]])
+    _, blockwise = settings_of(name, "renormalize", {})
+    loss = test_blockwise.blockwise(matrix_project, look_up, block_size=1, **blockwise)
+    arguments = (jnp.eye(1), student, jnp.eye(1), teacher, jnp.zeros(1, int), jnp.ones(1, bool), 1.0, 1.0, 0.0)
+    _, (_, gradient) = gradients_of(loss)(*arguments)
+    far = student.at[0, 1].set(-80.0)
+    expected = jax.grad(lambda far: divergence(far, teacher, term_of(name)).sum())(far)
+    assert gradient[0, 1] == 0
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+@few_names
 def test_of_the_k_largest_that_are_stored_each_teaches_as_with_the_live_teacher(name):
     hidden, head, teacher_hidden, teacher_head, tokens = test_stored.problem()
     live = LiveTeacher(Projection(teacher_hidden, teacher_head, test_stored.project), top_k=test_stored.K)

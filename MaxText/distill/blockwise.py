@@ -146,20 +146,22 @@ def _walk(
     blocks = valid_first(tokens.mask, n)
     are_valid = blocks.are_valid
     targets = jnp.where(are_valid, tokens.targets[blocks.order], 0)
-    in_turn = Tokens(*(pool.of_all(array) for array in (targets, are_valid)))
+    by_block = Tokens(*(pool.by_block(array, n) for array in (targets, are_valid)))
+    hidden, teacher_rows = pool.readable((student.hidden, teacher.rows), blocks)
 
     def visit(i: Int[Array, ""], carry: tuple[KDSums, Projection]) -> tuple[KDSums, Projection]:
         sums, gradient = carry
         rows = blocks.rows(i, n)
-        hidden = pool.rows_of(student.hidden, rows)
-        of_block = Tokens(*(pool.block_of(array, i, n) for array in in_turn))
-        block = functools.partial(_block, static, teacher, of_block, weights, rows)
+        of_student = pool.rows_of(hidden, rows)
+        of_teacher = jax.tree.map(lambda array: pool.rows_of(array, rows, to="invarying"), teacher_rows)
+        of_block = jax.tree.map(lambda array: array[i], by_block)
+        block = functools.partial(_block, static, teacher, of_teacher, of_block, weights)
         if differentiate:
-            logits, pull_back = jax.vjp(student.project, student.head, hidden)
+            logits, pull_back = jax.vjp(student.project, student.head, of_student)
             block_sums, slope = block(logits).sums_and_gradient()
             gradient = _added(gradient, pull_back(slope.astype(logits.dtype)), rows, pool)
         else:
-            block_sums = block(student.project(student.head, hidden)).sums()
+            block_sums = block(student.project(student.head, of_student)).sums()
         return jax.tree.map(jnp.add, sums, block_sums), gradient
 
     # Inside `jax.shard_map` a loop's carry must be marked from the start as differing between devices where it will.
@@ -176,11 +178,13 @@ def _walk(
 
 
 def _block(
-    static: _Static, teacher: TeacherSide, tokens: Tokens, weights: Weights, rows: Rows, logits: Float[Array, "n V"]
+    static: _Static,
+    teacher: TeacherSide,
+    of_teacher: PyTree,
+    tokens: Tokens,
+    weights: Weights,
+    logits: Float[Array, "n V"],
 ) -> LossBlock:
-    def pooled(array: Array) -> Array:
-        return static.pool.rows_of(array, rows, to="invarying")
-
     student = StudentBlock(
         logits=logits,
         targets=tokens.targets,
@@ -188,7 +192,7 @@ def _block(
         weights=weights,
         asked=static.asked,
     )
-    return teacher.block(jax.tree.map(pooled, teacher.rows), student)
+    return teacher.block(of_teacher, student)
 
 
 def _added(gradient: Projection, share: tuple[PyTree, Float[Array, "n D"]], rows: Rows, pool: Pool) -> Projection:

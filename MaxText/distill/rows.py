@@ -52,23 +52,24 @@ class Pool(NamedTuple):
 
     axes: tuple[str, ...] = ()
 
+    def readable(self, arrays: PyTree[Shaped[Array, "N ..."]], blocks: ValidFirst) -> PyTree[Shaped[Array, "N ..."]]:
+        """The same, but zeros on a device without a valid token, which goes along with the others of its pool: what its
+        tokens hold is not read. Before the walk, where it is part of what the arrays come from."""
+
+        def read(array: Array) -> Array:
+            return jnp.where(blocks.number > 0, array, jnp.zeros((), array.dtype))
+
+        return jax.tree.map(read, arrays) if self.axes else arrays
+
     def rows_of(self, array: Array, rows: Rows, **how: str) -> Array:
         """The pool's rows of an array of which each device has those of its own tokens."""
-        own = array[rows.at]
-        if self.axes:
-            # A device without a valid token goes along with the others of its pool; what its rows hold is not read.
-            are_valid = rows.are_valid.reshape(-1, *[1] * (array.ndim - 1))
-            own = jnp.where(are_valid, own, jnp.zeros((), array.dtype))
-        return self.gathered(own, **how)
+        return self.gathered(array[rows.at], **how)
 
-    def of_all(self, own: Shaped[Array, "M"]) -> Shaped[Array, "G M"]:
-        """What each of the pool's devices has in the order in which blocks take it, once before the walk."""
-        return jax.lax.all_gather(own, self.axes, axis=0, to="invarying") if self.axes else own[None]
-
-    @staticmethod
-    def block_of(of_all: Shaped[Array, "G M"], i: Int[Array, ""], n: int) -> Shaped[Array, "m 1"]:
-        """The i-th block's n of each device, laid out as `gathered` does it."""
-        return jax.lax.dynamic_slice_in_dim(of_all, i * n, n, axis=1).reshape(-1, 1)
+    def by_block(self, own: Shaped[Array, "M"], n: int) -> Shaped[Array, "B m 1"]:
+        """What each of the pool's devices has in the order in which blocks take it, n at a time: the blocks, each laid
+        out as `gathered` does it. Once, before the walk."""
+        of_all = jax.lax.all_gather(own, self.axes, axis=0, to="invarying") if self.axes else own[None]
+        return jnp.swapaxes(of_all.reshape(of_all.shape[0], -1, n), 0, 1).reshape(-1, of_all.shape[0] * n, 1)
 
     def gathered(self, x: Array, **how: str) -> Array:
         """The rows of all the pool's devices; with to="invarying", marked as the same on each of them."""

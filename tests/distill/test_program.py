@@ -141,7 +141,7 @@ def logit_bytes(lines, shape):
 
 
 @pytest.mark.parametrize(
-    ("pool", "most_bytes", "most_ps"), [(1, 20, 90), (16, 10, 73.5)], ids=["alone", "pooled over 16"]
+    ("pool", "most_bytes", "most_ps"), [(1, 20, 90), (16, 10, 72.3)], ids=["alone", "pooled over 16"]
 )
 def test_the_loss_reads_and_computes_no_more_than_it_must(pool, most_bytes, most_ps):
     text, shape = program(pool)
@@ -169,7 +169,7 @@ def test_a_truncation_costs_a_few_visits_of_the_logits(keep):
 
 @pytest.mark.parametrize(
     ("pool", "divergence", "most_bytes", "most_ps"),
-    [(1, "reverse_kl", 26, 106.5), (1, "jsd", 26, 106.5), (16, "jsd", 8, 82.5)],
+    [(1, "reverse_kl", 26, 106.5), (1, "jsd", 26, 106.5), (16, "jsd", 8, 82)],
     ids=["reverse_kl, alone", "jsd, alone", "jsd, pooled over 16"],
 )
 def test_another_divergence_costs_a_visit_of_the_logits_and_no_array(pool, divergence, most_bytes, most_ps):

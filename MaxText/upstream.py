@@ -102,13 +102,20 @@ def resolve_config(
     anchor = os.path.join(preset_folder, "base.yml")  # upstream derives the preset's folder from this name
     prepare = pyconfig._prepare_for_pydantic
 
+    rules = "logical_axis_rules"
+    # Of hundreds of rules OmegaConf makes a node of each name, five times over. Where only the preset can have more,
+    # the engine finds these, and they are added to the defaults when it is done.
+    only_preset_adds = not any(rules in name.lower() for name in (*files, *arguments, *overrides, *os.environ))
+
     def is_merged(key: str) -> bool:
-        """Rules are added to, and what the environment sets is of the type that is there."""
-        return key == "logical_axis_rules" or f"M_{key.upper()}" in os.environ
+        """What the environment sets is of the type that is there."""
+        return (key == rules and not only_preset_adds) or f"M_{key.upper()}" in os.environ
 
     base = omegaconf.OmegaConf.merge({key: value for key, value in defaults.items() if is_merged(key)}, files)
 
     def on_defaults(raw_keys: dict[str, Any], **settings: Any) -> dict[str, Any]:
+        if only_preset_adds:
+            raw_keys[rules] = pyconfig._apply_rules(defaults[rules], raw_keys[rules], raw_keys)
         return prepare(defaults | raw_keys, **settings)
 
     with (

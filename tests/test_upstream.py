@@ -118,6 +118,7 @@ CALLS = {
     "profiler.Profiler.maybe_activate_profiler": "self step state",
     "profiler.Profiler.maybe_deactivate_profiler": "self step state",
     "pyconfig.HyperParameters": "pydantic_config",
+    "pyconfig._apply_rules": "base_rules new_rules config",
     "pyconfig._initialize_pydantic": "argv | config_class **kwargs",
     "pyconfig._load_config": "config_name",
     "pyconfig._prepare_for_pydantic": "raw_keys | config_class",
@@ -231,6 +232,8 @@ SOURCES = {
     "pyconfig._initialize_pydantic": [
         "_load_config(", "pydantic_kwargs = _prepare_for_pydantic(raw_keys_dict, config_class=config_class)",
         "env_key in os.environ", "original_value = raw_keys_dict.get(k)",
+        "merged_rules = _apply_rules(base_rules, model_rules, model_cfg_oc)",
+        'final_config["logical_axis_rules"] = merged_rules',
     ],
     # Accumulation reads what our loss gives, calls it with its five positions and is_train, and adds up the rest.
     "gradient_accumulation.gradient_accumulation_loss_and_grad": [

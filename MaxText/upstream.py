@@ -103,18 +103,18 @@ def resolve_config(
     prepare = pyconfig._prepare_for_pydantic
 
     rules = "logical_axis_rules"
-    # Of hundreds of rules OmegaConf makes a node of each name, five times over. Where only the preset can have more,
-    # the engine finds these, and they are added to the defaults when it is done.
-    only_preset_adds = not any(rules in name.lower() for name in (*files, *arguments, *overrides, *os.environ))
+    # Of hundreds of rules OmegaConf makes a node of each name, five times over. Preset and arguments add to them, which
+    # can be done at the end; files, and what the environment says of it, have another way.
+    are_added = not any(rules in name.lower() for name in (*files, *os.environ))
 
     def is_merged(key: str) -> bool:
         """What the environment sets is of the type that is there."""
-        return (key == rules and not only_preset_adds) or f"M_{key.upper()}" in os.environ
+        return (key == rules and not are_added) or f"M_{key.upper()}" in os.environ
 
     base = omegaconf.OmegaConf.merge({key: value for key, value in defaults.items() if is_merged(key)}, files)
 
     def on_defaults(raw_keys: dict[str, Any], **settings: Any) -> dict[str, Any]:
-        if only_preset_adds:
+        if are_added:
             raw_keys[rules] = pyconfig._apply_rules(defaults[rules], raw_keys[rules], raw_keys)
         return prepare(defaults | raw_keys, **settings)
 

@@ -159,7 +159,11 @@ SHRUNK: dict[str, Any] = {
     "learning_rate_schedule_steps": 100,
 }
 # A Gemma's token just read echoes in its logits by sqrt(width / (1 + 2 layers)): of two layers it must be narrow, too.
-NARROW = {"gemma3-12b-to-4b.yml": {"base_emb_dim": 256, "base_num_decoder_layers": 6}}
+# The recovery's student is trained first, which at its own width takes a minute more.
+NARROW = {
+    "gemma3-12b-to-4b.yml": {"base_emb_dim": 256, "base_num_decoder_layers": 6},
+    "qwen3-1.7b-recovery.yml": {"base_emb_dim": 512},
+}
 EXPERTS = {"num_experts": 4, "base_moe_mlp_dim": 64, "sparse_matmul": "false", "megablox": "false"}
 
 
@@ -193,6 +197,7 @@ def test_a_recipes_student_begins_near_guessing_and_learns_from_its_first_steps(
     else:
         teacher, pruned = cut_student(train, recipe, tmp_path)
         overrides = {key: SHRUNK[key] for key in ("vocab_size", "base_num_decoder_layers", "base_mlp_dim")}
+        overrides |= NARROW.get(recipe, {})
         given = {"kd_teacher_overrides": json.dumps(overrides), "load_parameters_path": pruned}
         given["kd_teacher_model_name"] = yaml.safe_load(text(recipe))["model_name"]  # what it was cut from
         ce = ten_steps(recipe, teacher, tmp_path, **given).column("learning/ce_loss")
@@ -203,7 +208,11 @@ def test_a_recipes_student_begins_near_guessing_and_learns_from_its_first_steps(
 def cut_student(train: Any, recipe: str, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """The recipe's model, having learned the batch, and the same without the smaller half of each layer's matrices."""
     name = yaml.safe_load(text(recipe))["model_name"]
-    own = SHRUNK | {"model_name": name, "steps": 40, "learning_rate": 1e-3, "kd_embedding_std": 0.02}
+    own = (
+        SHRUNK
+        | NARROW.get(recipe, {})
+        | {"model_name": name, "steps": 40, "learning_rate": 1e-3, "kd_embedding_std": 0.02}
+    )
     trained = train(f"to_cut_{name}", **own)
     tree = ocp.load(trained.folder / "checkpoints/39", checkpointable_name="items")["params"]
 

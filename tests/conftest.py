@@ -49,6 +49,7 @@ QUICK = {
     "cpu_parallel_codegen_split_count": 1,
 }
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}={value}" for flag, value in QUICK.items()))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as MaxText.upstream does, which not every test imports first
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, which, where there is none, is asked for a minute
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()

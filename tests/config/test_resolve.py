@@ -57,22 +57,30 @@ def test_a_rule_for_an_axis_replaces_that_axis_rules_and_no_others():
     assert changed == (*(rule for rule in rules if rule[0] != "mlp"), ("mlp", ("data",)))
 
 
+RULES = [["mlp", ["data"]]]
+
+
 @pytest.mark.parametrize(
-    ("preset", "word", "environment"),
+    ("preset", "file", "words", "environment"),
     [
-        ("llama2-7b", "steps=1", {}),
-        ("llama2-7b", "logical_axis_rules=[['mlp', ['data']]]", {}),
-        ("llama2-7b", "steps=1", {"M_OVERRIDE_LOGICAL_AXIS_RULES": "true"}),
-        ("deepseek3-671b-2dfsdp", "steps=1", {}),  # whose rules are all that there are
-        ("deepseek3-671b-2dfsdp", "override_logical_axis_rules=false", {}),
+        ("llama2-7b", {}, [], {}),
+        ("llama2-7b", {}, [f"logical_axis_rules={RULES}"], {}),
+        ("llama2-7b", {"logical_axis_rules": RULES}, [], {}),  # which then are all, but for the preset's
+        ("llama2-7b", {"override_logical_axis_rules": True}, [], {}),
+        ("llama2-7b", {}, [], {"M_OVERRIDE_LOGICAL_AXIS_RULES": "true"}),
+        ("deepseek3-671b-2dfsdp", {}, [], {}),  # whose rules are all that there are
     ],
+    ids=str,
 )
-def test_rules_of_a_preset_are_added_or_win_as_the_engine_has_it(preset, word, environment, monkeypatch):
+def test_rules_of_a_preset_are_added_or_win_as_the_engine_has_it(
+    preset, file, words, environment, monkeypatch, tmp_path
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    words = ["run_name=test", "hardware=cpu", "skip_jax_distributed_system=true"]
-    words += [f"model_name={preset}", "override_model_config=true", word]
-    engines = upstream.pyconfig._initialize_pydantic(["", upstream.base_yml(), *words])
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump({"base_config": "base.yml"} | file))
+    words = [str(tmp_path / "mine.yml"), "run_name=test", "hardware=cpu", "skip_jax_distributed_system=true", *words]
+    words += [f"model_name={preset}", "override_model_config=true"]
+    engines = upstream.pyconfig._initialize_pydantic(["", *words])
     expected = upstream.pyconfig.HyperParameters(engines).logical_axis_rules
     assert resolve.initialize(["train.py", *words]).student.logical_axis_rules == expected
     assert expected != initialize().student.logical_axis_rules
